@@ -1,0 +1,81 @@
+# The verbs of the house. Each makes $(VENV) when it is missing, and refreshes it when pyproject.toml has changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Extra place where pip looks for torch; empty means wherever pip is set up to look. The public index of CPU builds:
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Parallel test processes, each with one torch thread.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# More arguments for pytest, the bench or the demo: make test ARGS="tests/unit -x"
+ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# With a GPU any torch of the supported range will do; without one the constraint names the CPU build.
+PIP_ARGS := --disable-pip-version-check $(if $(HAS_GPU),,-c requirements/cpu.txt) \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench docs test-gpu clean
+
+help: ## list these verbs
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r verb text; \
+		do printf '  make %-10s %s\n' "$$verb" "$$text"; done
+
+demo: $(INSTALLED) ## stream eight prompts at once through the model in the box
+	@$(VENV)/bin/embedllm demo $(ARGS)
+
+# Tests that measure time run alone first; a failure there ends the run, so the last line always tells the truth.
+# pytest's exit code 5 means that nothing was selected.
+test: $(INSTALLED) ## run every test that needs no GPU and no network
+	@$(PY) -m pytest -m "serial and not gpu and not soak" $(ARGS) || [ $$? -eq 5 ]
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not serial and not gpu and not soak" $(ARGS)
+
+check: $(INSTALLED) ## lint, formatting, types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: $(INSTALLED) ## rewrite the formatting and what lint can mend
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(INSTALLED) ## run the benchmark; ARGS="--against hf,hf-cb" adds peers
+	@$(VENV)/bin/embedllm bench $(ARGS)
+
+docs: $(INSTALLED_DOCS) ## build the documentation into site/
+	@$(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html is written"
+
+# A machine whose own Python already reaches the GPU through torch needs no environment and no network.
+test-gpu: ## run the tests that need a CUDA device
+	@reaches_gpu='import sys, pytest, torch; sys.exit(not torch.cuda.is_available())'; python=$(PYTHON); \
+	if ! $$python -c "$$reaches_gpu" 2>/dev/null; then \
+		$(MAKE) --no-print-directory $(INSTALLED) || exit 1; \
+		python=$(PY); \
+		$$python -c "$$reaches_gpu" || { echo "make test-gpu: torch sees no CUDA device here" >&2; exit 1; }; \
+	fi; \
+	PYTHONPATH=.:kernels:integrations $$python -m pytest -m "gpu and not soak" $(ARGS)
+
+clean: ## remove the environment, caches and builds
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Where venv cannot bring pip (Debian without python3-venv), the outer pip installs one.
+$(PY):
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	|| { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(PY) install --disable-pip-version-check --quiet pip; } 2>/dev/null \
+	|| { rm -rf $(VENV); echo "make: '$(PYTHON) -m venv $(VENV)' failed; on Debian or Ubuntu: apt install python3-venv" >&2; \
+		exit 1; }
+
+$(INSTALLED): pyproject.toml requirements/cpu.txt | $(PY)
+	@echo "installing embedllm and its tools into $(VENV) (minutes the first time)"
+	@$(PY) -m pip install --quiet $(PIP_ARGS) -e ".[dev]"
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@$(PY) -m pip install --quiet $(PIP_ARGS) -e ".[docs]"
+	@touch $@

@@ -1,0 +1,51 @@
+"""Settings every test runs under: no network, one torch thread per parallel worker, seeds that derive from the test id."""
+
+import importlib.util
+import os
+import socket
+import zlib
+from collections.abc import Iterator
+
+import pytest
+
+# Set before anything imports torch or transformers. Child processes inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "house", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # A GPU machine may lack pytest-timeout; strict configuration would refuse the setting.
+    if not importlib.util.find_spec("pytest_timeout"):
+        parser.addini("timeout", "ignored: pytest-timeout is not installed")
+
+
+@pytest.fixture
+def test_seed(request: pytest.FixtureRequest) -> int:
+    """A 32-bit seed that is the same on every run and differs between tests and their parameters."""
+    return zlib.crc32(request.node.nodeid.encode())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Refuses connections that leave the machine, so that no test comes to depend on one."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else ""
+        if self.family in (socket.AF_INET, socket.AF_INET6) and host not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address}; tests use no network")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
