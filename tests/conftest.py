@@ -1,4 +1,4 @@
-"""Settings every test runs under: no network, one torch thread per parallel worker, seeds that derive from the test id."""
+"""What every test runs under: no network, one torch thread per parallel worker, seeds made from the test id."""
 
 import importlib.util
 import os
