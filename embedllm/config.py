@@ -1,0 +1,80 @@
+"""How big an engine is, and how its options are spelled.
+
+Owns the frozen numbers the scheduler works within and the parsing of memory sizes. Knows no model and no device.
+Invariant: a Limits that exists can run at least one token of one sequence.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from embedllm.errors import InvalidRequest
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The numbers every plan stays within.
+
+    block_size: tokens per KV block. num_blocks: blocks in the pool.
+    max_model_len: most tokens (prompt + output) of one sequence.
+    max_num_seqs: most sequences running at once, also the number of rows.
+    max_batch_tokens: most tokens computed in one step.
+    max_queued: most requests waiting; one more raises QueueFull.
+    vocab_size: width of the logits; token ids stay below it. num_input_ids: rows of the embedding, at least that.
+    """
+
+    block_size: int = 16
+    num_blocks: int = 256
+    max_model_len: int = 2_048
+    max_num_seqs: int = 64
+    max_batch_tokens: int = 512
+    max_queued: int = 65_536
+    vocab_size: int = 2**31 - 1
+    num_input_ids: int = 2**31 - 1
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_batch_tokens", "max_queued"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidRequest(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise InvalidRequest(
+                f"max_batch_tokens={self.max_batch_tokens} is below max_num_seqs={self.max_num_seqs}: "
+                "every running sequence needs one token per step; raise the first or lower the second"
+            )
+        if not self.chunked_prefill and self.max_batch_tokens < self.max_model_len:
+            raise InvalidRequest(
+                f"chunked_prefill=False needs max_batch_tokens ({self.max_batch_tokens}) of at least "
+                f"max_model_len ({self.max_model_len}), because a prompt is then computed in one step"
+            )
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-num_tokens // self.block_size)
+
+
+def parse_memory(value: int | float | str, free: int) -> int:
+    """Bytes from an int (bytes), a float in (0, 1) (share of `free`), or a string like "4GiB", "512MB", "50%"."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*", value)
+        if match and match[2] == "%":
+            return parse_memory(float(match[1]) / 100, free)
+        if match and match[2] in _UNITS:
+            return int(float(match[1]) * _UNITS[match[2]])
+    elif isinstance(value, float) and 0.0 < value < 1.0:
+        return int(value * free)
+    elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise InvalidRequest(
+        f"memory size {value!r} is not understood: use bytes (int), a share of free memory (float between 0 and 1), "
+        'or a string such as "4GiB" or "50%"'
+    )

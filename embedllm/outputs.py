@@ -1,0 +1,115 @@
+"""What a caller gets back: deltas while a request runs, a completion when it ends.
+
+Owns the shapes only; knows nothing of how they are made. Invariant: the texts of a sample's deltas, joined,
+equal its completion's text, and their tokens, joined, equal its tokens.
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+
+
+class Logprob(NamedTuple):
+    """One candidate token: id, natural-log probability under the raw model distribution, rank (1 = most likely)."""
+
+    id: int
+    logprob: float
+    rank: int
+
+
+TokenLogprobs = list[Logprob]  # the chosen token first, then the most likely ones in order
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new for one sample since the reader last looked.
+
+    A slow reader gets fewer, larger deltas; none is ever taken back. Text may lag tokens (a held-back stop string
+    or an incomplete character); the last delta of a sample carries its `finish_reason`.
+    """
+
+    index: int
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. `cached_tokens` of the prompt were served by the prefix cache."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds on the monotonic clock: waiting, until the first token, from there to the end, all together."""
+
+    queue: float = 0.0
+    ttft: float = 0.0
+    decode: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The finished answer to one prompt: sample 0's fields, and all `n` samples in `outputs`.
+
+    `tokens` include the EOS or stop token, `text` does not. `stop_reason` is the stop string or stop token id that
+    ended the sample, None for EOS and length. `logprobs` has one entry per token of `tokens`; `prompt_logprobs` one
+    per prompt token, the first being None.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    usage: Usage = field(default_factory=Usage)
+    timing: Timing = field(default_factory=Timing)
+    index: int = 0
+    parsed: Any = None
+    tool_calls: list[Any] | None = None
+    reasoning: str | None = None
+    siblings: tuple[Completion, ...] = field(default=(), repr=False)
+
+    @property
+    def outputs(self) -> tuple[Completion, ...]:
+        """All n samples, this one first."""
+        return (self, *self.siblings)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        """Notebook view. Model output is hostile: everything is escaped."""
+        parts = []
+        for output in self.outputs:
+            label = f"sample {output.index} · " if self.siblings else ""
+            footer = f"{label}{len(output.tokens)} tokens · {output.finish_reason} · {output.timing.total:.2f} s"
+            parts.append(
+                f'<div><pre style="white-space:pre-wrap;margin:0">{html.escape(output.text)}</pre>'
+                f'<div style="opacity:.65;font-size:85%">{html.escape(footer)}</div></div>'
+            )
+        return "\n".join(parts)
+
+    def _repr_markdown_(self) -> str:
+        """Markdown view: the text in a fence longer than any run of backticks inside it."""
+        return "\n\n".join(_fenced(output.text) for output in self.outputs)
+
+
+def _fenced(text: str) -> str:
+    longest = run = 0
+    for char in text:
+        run = run + 1 if char == "`" else 0
+        longest = max(longest, run)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"

@@ -1,0 +1,95 @@
+"""One sample of one request while it runs.
+
+Owns the token ids (the truth) and how much of their KV is computed (a cache). Knows no block pool and no device.
+Invariant: 0 <= num_computed <= num_computed + num_in_flight <= len(tokens) + num_sampling + len(draft), and a
+finished sequence holds no blocks and no row.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+
+from embedllm.outputs import FinishReason
+
+
+class State(Enum):
+    """Where a sequence is; exactly one at a time."""
+
+    WAITING = "waiting"  # new, preempted, or a fork not yet born: no blocks, no row
+    RUNNING = "running"  # owns a row, may own blocks
+    PARKED = "parked"  # its reader went away: no blocks, no row, not scheduled until resumed
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, progress and holdings of one sample.
+
+    `tokens` is the prompt followed by the output. `eos_ids` end it with stop_reason None, `stop_ids` with the id.
+    `forks` are the request's other samples, born when this one's prompt is computed.
+    """
+
+    id: int  # also the order of arrival
+    tokens: list[int]
+    max_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    salt: str | None = None
+    prompt_logprobs: bool = False
+    forks: list[Sequence] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)  # guesses to verify in its next step
+
+    num_prompt: int = field(init=False)
+    state: State = field(default=State.WAITING, init=False)
+    epoch: int = field(default=0, init=False)  # grows when results still in flight become worthless
+    row: int = field(default=-1, init=False)
+    num_computed: int = field(default=0, init=False)  # committed KV, from position 0
+    num_in_flight: int = field(default=0, init=False)  # tokens of plans launched and not yet committed
+    num_sampling: int = field(default=0, init=False)  # plans in flight that will each add a token
+    blocks: array[int] = field(default_factory=lambda: array("i"), init=False)
+    copy: tuple[int, int] | None = field(default=None, init=False)  # (source, own block) to run before its first step
+    chain: int | str | None = field(default=None, init=False)  # prefix-tree node of its last cached full block
+    num_chained: int = field(default=0, init=False)  # full blocks already in the prefix tree
+    num_cached: int = field(default=0, init=False)  # prompt tokens served by the prefix cache at first admission
+    num_preemptions: int = field(default=0, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    stop_reason: str | int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+        self.chain = self.salt
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: lower priority value, then earlier arrival."""
+        return (self.priority, self.id)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens whose KV no plan computes yet: what the catch-up rule hands budget to."""
+        known = len(self.tokens) + self.num_sampling
+        if known - self.num_prompt >= self.max_tokens:
+            return 0  # the last token's KV is never needed
+        return known - self.num_computed - self.num_in_flight
+
+    @property
+    def max_slots(self) -> int:
+        """Most KV slots it can ever need: the last token's is never computed."""
+        return self.num_prompt + self.max_tokens - 1
+
+    def forget(self) -> None:
+        """Drop every claim on KV; tokens stay. Results in flight become stale."""
+        self.epoch += 1
+        self.row = -1
+        self.num_computed = self.num_in_flight = self.num_sampling = 0
+        self.blocks = array("i")
+        self.copy = None
+        self.chain, self.num_chained = self.salt, 0
+        self.draft = []
