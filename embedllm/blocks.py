@@ -116,6 +116,8 @@ class BlockPool:
         known = self._block_of.get(key)
         if known is not None:
             return self._node_of[known]
+        if block in self._key_of:  # findable after a parent that is gone
+            self._uncache(block)
         self._next_node += 1
         self._block_of[key] = block
         self._key_of[block] = key

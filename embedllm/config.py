@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from embedllm.errors import InvalidRequest
+from embedllm.errors import InvalidRequest, RequestTooLong
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -60,6 +60,23 @@ class Limits:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold this many tokens."""
         return -(-num_tokens // self.block_size)
+
+    def check_fits(self, num_prompt: int, max_tokens: int, num_pinned: int = 0) -> None:
+        """Raises RequestTooLong, with the numbers, if a sequence could never run, even alone beside the pins."""
+        if num_prompt + max_tokens > self.max_model_len:
+            room = self.max_model_len - num_prompt
+            way = f"at most {room} fit" if room > 0 else f"shorten the prompt to {self.max_model_len - 1} tokens"
+            raise RequestTooLong(
+                f"{num_prompt} prompt tokens + max_tokens={max_tokens} exceed max_model_len={self.max_model_len}: {way}"
+            )
+        needed = self.blocks_for(num_prompt + max_tokens - 1)
+        if needed > self.num_blocks - num_pinned:
+            pins = f", {num_pinned} of them pinned" if num_pinned else ""
+            raise RequestTooLong(
+                f"{num_prompt} prompt tokens + max_tokens={max_tokens} need {needed} KV blocks of {self.block_size}; "
+                f"the cache has {self.num_blocks}{pins}: lower max_tokens, or give the cache more memory "
+                "(kv_cache_memory=, num_kv_blocks=)"
+            )
 
 
 def parse_memory(value: int | float | str, free: int) -> int:

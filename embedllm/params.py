@@ -106,9 +106,9 @@ class SamplingParams:
         _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
         if self.deadline is not None:
             _number("deadline", self.deadline, 0.0, 1e9, above=True)
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequest(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for f in fields(self):
+            if f.type == "bool" and not isinstance(getattr(self, f.name), bool):
+                raise InvalidRequest(f"{f.name} must be True or False, got {getattr(self, f.name)!r}")
         self._normalise()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from embedllm.outputs import FinishReason
+from embedllm.plan_types import UNKNOWN, Entry
 
 
 class State(Enum):
     """Where a sequence is; exactly one at a time."""
 
-    WAITING = "waiting"  # new, preempted, or a fork not yet born: no blocks, no row
+    UNBORN = "unborn"  # a fork whose parent's prompt is not computed yet
+    WAITING = "waiting"  # new or preempted: no blocks, no row
     RUNNING = "running"  # owns a row, may own blocks
     PARKED = "parked"  # its reader went away: no blocks, no row, not scheduled until resumed
     FINISHED = "finished"
@@ -83,6 +85,41 @@ class Sequence:
     def max_slots(self) -> int:
         """Most KV slots it can ever need: the last token's is never computed."""
         return self.num_prompt + self.max_tokens - 1
+
+    def entry(self, num_tokens: int) -> Entry:
+        """Its part of a step that computes the next `num_tokens` of known tokens and draft."""
+        start = self.num_computed + self.num_in_flight
+        end = start + num_tokens
+        num_known = len(self.tokens) + self.num_sampling
+        num_draft = max(0, end - num_known)
+        tokens = self.tokens[start : end - num_draft]
+        tokens.extend([UNKNOWN] * (num_tokens - num_draft - len(tokens)))
+        tokens.extend(self.draft[:num_draft])
+        return Entry(
+            sequence_id=self.id,
+            epoch=self.epoch,
+            row=self.row,
+            start=start,
+            tokens=tokens,
+            num_draft=num_draft,
+            num_logits=1 + num_draft if end >= num_known else 0,
+            blocks=self.blocks[:],
+            prompt_logprobs=self.prompt_logprobs and start < self.num_prompt and self.num_output == 0,
+        )
+
+    def append(self, tokens: list[int]) -> list[int]:
+        """Append until something ends the sequence; returns the tokens kept and marks how it ended."""
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            if token in self.eos_ids:
+                self.finish_reason = "stop"
+            elif token in self.stop_ids:
+                self.finish_reason, self.stop_reason = "stop", token
+            elif self.num_output >= self.max_tokens:
+                self.finish_reason = "length"
+            if self.finish_reason is not None:
+                return tokens[: i + 1]
+        return tokens
 
     def forget(self) -> None:
         """Drop every claim on KV; tokens stay. Results in flight become stale."""
