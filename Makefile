@@ -47,7 +47,7 @@ bench: $(INSTALLED) ## run the benchmark; ARGS="--against hf,hf-cb" adds peers
 	@$(VENV)/bin/embedllm bench $(ARGS)
 
 docs: $(INSTALLED_DOCS) ## build the documentation into site/
-	@$(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "site/index.html is written"
 
 # A machine whose own Python already reaches the GPU through torch needs no environment and no network.
