@@ -1,0 +1,33 @@
+"""When a progress bar may be shown, and one that may stay silent.
+
+Owns the rule: a bar appears on a terminal, in a notebook, or when asked for; never in a log file or a pipe.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def bar_wanted(progress: bool | None) -> bool:
+    """`progress` if it says; otherwise whether somebody is looking at a terminal or a notebook."""
+    if progress is not None:
+        return progress
+    return in_notebook() or bool(sys.stderr is not None and sys.stderr.isatty())
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook. Imports nothing: a kernel has IPython loaded already."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def bar(total: int, what: str, progress: bool | None, **options: Any) -> tqdm[Any]:
+    """A tqdm bar; silent unless `bar_wanted`. Close it, or use it in a with statement."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=what, disable=not bar_wanted(progress), leave=False, **options)
