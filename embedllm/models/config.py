@@ -284,11 +284,12 @@ def _moes(fields: Fields, family: Family, num_layers: int) -> list[MoE | None]:
     if not count:
         return [None] * num_layers
     step = fields.integer("decoder_sparse_step", 1, MAX_LAYERS, 1)
-    inner = "intermediate_size" if family.renormalise else "moe_intermediate_size"
     moe = MoE(
         num_experts=count,
         num_chosen=fields.integer("num_experts_per_tok", 1, count, 2 if family.renormalise else 8),
-        intermediate_size=fields.integer(inner, 1, 2**24),
+        intermediate_size=fields.integer("intermediate_size", 1, 2**24)
+        if family.renormalise
+        else fields.integer("moe_intermediate_size", 1, 2**24, 768),
         renormalise=fields.flag("norm_topk_prob", False) if family.renormalise is None else family.renormalise,
     )
     return [moe if index not in dense and (index + 1) % step == 0 else None for index in range(num_layers)]

@@ -102,7 +102,7 @@ def resolve(
         return _box()
     name = os.fspath(model)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return _local(folder, name)
     if folder.is_file():
         raise ModelNotFound(f"{name!r} is a file; pass the folder that holds config.json and *.safetensors")

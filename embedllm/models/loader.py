@@ -10,15 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from embedllm.errors import InvalidRequest, ModelFormatError, UnsupportedModel
-from embedllm.models.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from embedllm.models.config import ModelConfig, saved_dtype
-from embedllm.models.fields import Fields
+from embedllm.models.checkpoint import Checkpoint, TensorInfo
+from embedllm.models.config import ModelConfig
 from embedllm.models.progress import bar
 from embedllm.models.weights import Part, Shape, locate
 
@@ -116,10 +114,10 @@ def fill(
         if part is None:
             continue
         shape = expected[part.target]
-        whole, missing = waiting.pop(part.target, None) or (
-            torch.empty(shape, dtype=dtype, device=device),
-            math.prod(shape),
-        )
+        if part.target in waiting:
+            whole, missing = waiting.pop(part.target)
+        else:
+            whole, missing = torch.empty(shape, dtype=dtype, device=device), math.prod(shape)
         _piece(whole, part).copy_(tensor)
         missing -= tensor.numel()
         if missing:
@@ -130,7 +128,7 @@ def fill(
 
 
 def match_parts(config: ModelConfig, checkpoint: Checkpoint, expected: dict[str, Shape]) -> dict[str, Part]:
-    """Checkpoint tensor → where it goes, for a checkpoint that balances; ModelFormatError naming the first that does not."""
+    """Checkpoint tensor → where it goes; ModelFormatError naming the first that does not balance."""
     parts: dict[str, Part] = {}
     values = dict.fromkeys(expected, 0)
     pieces: dict[Part, str] = {}
