@@ -1,0 +1,147 @@
+"""A step as tensors: one packed int32 buffer with a named view for everything a forward reads.
+
+Owns the order that a step's tokens run in: entries sorted by number of tokens, then length, so that those which can
+share one attention call stand side by side. Knows no model and no policy. Invariant: `logit_rows` and `hidden_rows`
+are in the plan's order, whatever order the tokens run in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedllm.errors import EngineError
+from embedllm.plan_types import UNKNOWN, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a forward reads. All tensors are int32 views of `buffer`.
+
+    ids, positions [tokens]: input ids and their positions. padded_ids, padded_positions: the same with zeros after
+    them up to a length that `round_rows` names; what is computed for the padding is dropped.
+    slots [tokens]: block · block_size + offset where the token's KV goes.
+    tables [entries, max_blocks]: block ids, zero where an entry has no more. query_starts [entries + 1]: first token of
+    each entry. seq_lens [entries]: tokens of the sequence up to and with this step.
+    logit_rows [num_logits]: tokens whose logits are wanted, in the plan's order.
+    hidden_rows: tokens of the entries that asked for prompt_logprobs, in the plan's order; None where none did.
+    copies: (source, destination) blocks, to run before any KV is written.
+    starts, lengths: query_starts and seq_lens as ints.
+    """
+
+    buffer: Tensor
+    padded_ids: Tensor
+    padded_positions: Tensor
+    slots: Tensor
+    tables: Tensor
+    query_starts: Tensor
+    seq_lens: Tensor
+    logit_rows: Tensor
+    hidden_rows: Tensor | None
+    copies: list[tuple[int, int]]
+    starts: list[int]
+    lengths: list[int]
+    num_tokens: int
+
+    @property
+    def ids(self) -> Tensor:
+        return self.padded_ids[: self.num_tokens]
+
+    @property
+    def positions(self) -> Tensor:
+        return self.padded_positions[: self.num_tokens]
+
+
+def round_rows(count: int) -> int:
+    """The number of rows a matrix product of `count` rows is run with: a power of two to 16, then a multiple of 16.
+
+    Each number of rows costs about a millisecond per weight shape when it is first seen (the kernel is generated), and
+    rows up to the next multiple of 16 are nearly free.
+    """
+    return -(-count // 16) * 16 if count > 16 else 1 << max(0, count - 1).bit_length()
+
+
+def build(plan: Plan, block_size: int, device: str | torch.device = "cpu") -> Batch:
+    """Pack a plan. Raises EngineError for ids that only a runner with per-row state could know."""
+    entries = plan.entries
+    order = sorted(range(len(entries)), key=lambda i: (len(entries[i].tokens), entries[i].start))
+    ran = [entries[i] for i in order]
+    ids: list[int] = []
+    for entry in ran:
+        ids += entry.tokens
+    num_tokens, num_entries = len(ids), len(ran)
+    padded = round_rows(num_tokens)
+    num_blocks = np.array([len(entry.blocks) for entry in ran], np.int32)
+    max_blocks = int(num_blocks.max(initial=1))
+    wanted, hidden = _wanted_rows(plan, order)
+
+    sizes = (
+        padded,
+        padded,
+        num_tokens,
+        num_entries * max_blocks,
+        num_entries + 1,
+        num_entries,
+        len(wanted),
+        len(hidden),
+    )
+    ends = np.cumsum(sizes).tolist()
+    packed = np.zeros(ends[-1], np.int32)
+    views = [packed[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    view_ids, positions, slots, flat_tables, query_starts, seq_lens, logit_rows, hidden_rows = views
+
+    view_ids[:num_tokens] = ids
+    if num_tokens and view_ids.min() == UNKNOWN:
+        raise EngineError("the plan has ids that are not known yet; this runner keeps no sampled ids of its own")
+    counts = np.array([len(entry.tokens) for entry in ran], np.int32)
+    starts = np.array([entry.start for entry in ran], np.int32)
+    np.cumsum(counts, out=query_starts[1:])
+    np.add(starts, counts, out=seq_lens)
+    owner = np.repeat(np.arange(num_entries), counts)
+    position = np.arange(num_tokens, dtype=np.int32) + (starts - query_starts[:-1])[owner]
+    positions[:num_tokens] = position
+    tables = flat_tables.reshape(num_entries, max_blocks)
+    tables[np.arange(max_blocks) < num_blocks[:, None]] = np.frombuffer(b"".join([e.blocks for e in ran]), np.int32)
+    slots[:] = tables[owner, position // block_size] * block_size + position % block_size
+    logit_rows[:] = wanted
+    hidden_rows[:] = hidden
+
+    buffer = torch.from_numpy(packed).to(device)
+    parts = buffer.split(sizes)
+    return Batch(
+        buffer=buffer,
+        padded_ids=parts[0],
+        padded_positions=parts[1],
+        slots=parts[2],
+        tables=parts[3].view(num_entries, max_blocks),
+        query_starts=parts[4],
+        seq_lens=parts[5],
+        logit_rows=parts[6],
+        hidden_rows=parts[7] if hidden else None,
+        copies=plan.copies,
+        starts=query_starts.tolist(),
+        lengths=seq_lens.tolist(),
+        num_tokens=num_tokens,
+    )
+
+
+def _wanted_rows(plan: Plan, order: list[int]) -> tuple[list[int], list[int]]:
+    """Rows of the batch whose logits are wanted, and those whose hidden states are, both in the plan's order."""
+    ends = [0] * len(order)
+    end = 0
+    for index in order:
+        end += len(plan.entries[index].tokens)
+        ends[index] = end
+    wanted: list[int] = []
+    hidden: list[int] = []
+    for end, entry in zip(ends, plan.entries, strict=True):
+        if entry.num_logits == 1:
+            wanted.append(end - 1)
+        elif entry.num_logits:
+            wanted += range(end - entry.num_logits, end)
+        if entry.prompt_logprobs:
+            hidden += range(end - len(entry.tokens), end)
+    return wanted, hidden

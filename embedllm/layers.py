@@ -1,0 +1,81 @@
+"""The parts a decoder is built from, each holding its weights in the form it computes with.
+
+Owns packing: a weight handed in is kept once, in the fastest layout there is for it. Knows no architecture. Invariant:
+a part computes its rows independently, so a row of NaN stays a row of NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedllm import ops
+from embedllm.batch import round_rows
+from embedllm_kernels import reference
+from embedllm_kernels.cpu.linear import Weight
+
+Linear = Weight
+
+
+class MLP:
+    """down(act(gate) · up)."""
+
+    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+        self.gate_up, self.down, self.activation = gate_up, down, activation
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [tokens, hidden] → [tokens, hidden], plus the residual where one is given."""
+        return self.down(ops.gated_(self.gate_up(x), self.activation), residual)
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [self.gate_up, self.down]
+
+
+class Experts:
+    """A mixture of experts: each token goes through the few that its router scores highest."""
+
+    def __init__(self, router: Linear, experts: list[MLP], num_chosen: int, renormalise: bool) -> None:
+        self.router, self.experts = router, experts
+        self.num_chosen, self.renormalise = num_chosen, renormalise
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [tokens, hidden] → [tokens, hidden]. Each expert runs once, over the tokens that chose it."""
+        weights, ids = ops.route(self.router(x), self.num_chosen, self.renormalise)
+        by_expert = ids.flatten().argsort(stable=True)  # choices, those of one expert side by side
+        tokens, shares = by_expert // self.num_chosen, weights.flatten()[by_expert, None]
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        start = 0
+        for expert, count in enumerate(ids.flatten().bincount(minlength=len(self.experts)).tolist()):
+            if not count:
+                continue
+            rows = tokens[start : start + count]
+            chosen = x.new_zeros((round_rows(count), x.shape[1]))
+            torch.index_select(x, 0, rows, out=chosen[:count])
+            y = self.experts[expert](chosen)[:count]
+            out.index_add_(0, rows, y.float().mul_(shares[start : start + count]))
+            start += count
+        y = out.to(x.dtype)
+        return y if residual is None else y.add_(residual)
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [self.router, *(linear for expert in self.experts for linear in expert.linears)]
+
+
+class Head:
+    """Hidden states to float32 logits."""
+
+    def __init__(self, linear: Linear, divisor: float, softcap: float | None) -> None:
+        self.linear, self.divisor, self.softcap = linear, divisor, softcap
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, H] → float32 [rows, vocabulary]."""
+        count = len(hidden)
+        rows = round_rows(count)
+        if rows != count:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, rows - count))
+        logits = self.linear(hidden)[:count].float()
+        if self.divisor != 1.0:
+            logits.div_(self.divisor)
+        return logits if self.softcap is None else reference.soft_cap(logits, self.softcap)

@@ -1,0 +1,126 @@
+"""Picks, for each operation of a step, the implementation that fits where its tensors are.
+
+Owns that choice and what has to be prepared once per step. Knows no model. Invariant: whatever is picked computes what
+`embedllm_kernels.reference` defines; what is in place here (`rotary_`) says so in its name.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedllm.batch import Batch
+from embedllm.kv_cache import KVCache
+from embedllm_kernels import reference
+from embedllm_kernels.cpu import attention as cpu_attention
+
+activate = reference.activate
+route = reference.route
+soft_cap = reference.soft_cap
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """reference.rms_norm. weight is float32 [n] or [heads, n]; x [..., n]."""
+    if weight.dim() == 1:
+        if x.dtype is torch.float32:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+    return F.rms_norm(x.float(), weight.shape[-1:], None, eps).mul_(weight).to(x.dtype)
+
+
+def gated_(gate_up: Tensor, activation: str) -> Tensor:
+    """reference.gated. Returns a new tensor; `gate_up` is free to be overwritten."""
+    gate, up = gate_up.chunk(2, -1)
+    return activate(gate, activation).mul_(up)
+
+
+def angles(positions: Tensor, frequencies: Tensor, amplitude: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin for `rotary_`, [tokens, 1, 2·d]; computed in float32 and then rounded to dtype.
+
+    positions [tokens]; frequencies float32 [d], radians per position.
+    """
+    turn = positions[:, None].float() * frequencies  # [tokens, d]
+    cos, sin = turn.cos(), turn.sin()
+    if amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    return (
+        torch.cat((cos, cos), -1).to(dtype)[:, None],
+        torch.cat((-sin, sin), -1).to(dtype)[:, None],
+    )
+
+
+def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """reference.rotary in place, pairs (i, i + d). x [tokens, heads, head_dim], cos and sin from `angles`."""
+    size = cos.shape[-1]
+    turned = x if size == x.shape[-1] else x[..., :size]
+    swapped = torch.roll(turned, size // 2, -1)
+    turned.mul_(cos).addcmul_(swapped, sin)
+
+
+class Attention:
+    """One step's attention: where its tokens' KV goes, and which blocks each of them sees.
+
+    Made once per step; what depends on a window is prepared when the first layer with that window asks.
+    """
+
+    def __init__(self, batch: Batch, kv: KVCache, num_heads: int) -> None:
+        self._batch, self._kv, self._num_heads = batch, kv, num_heads
+        self._on_cpu = kv.blocks.device.type == "cpu"
+        self._row_index = kv.row_index(batch.slots)
+        self._tables = batch.tables.long() if self._on_cpu else batch.tables
+        self._groups: dict[tuple[int | None, bool], list[cpu_attention.Group]] = {}
+
+    def store(self, layer: int, rows: Tensor) -> None:
+        """Put the step's tokens into the layer's cache. rows [tokens, width]: key heads, then value heads."""
+        self._kv.rows(layer).index_copy_(0, self._row_index, rows)
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        out: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """reference.paged_attention over the layer's cache, after `store`.
+
+        q [tokens, heads, k_dim]; out [tokens, heads, v_dim] is written and returned.
+        """
+        kv_heads = self._kv.group.kv_heads
+        cache = self._kv.layer(layer)
+        if not self._on_cpu:
+            batch = self._batch
+            y = reference.paged_attention(
+                q,
+                cache,
+                batch.tables,
+                batch.query_starts,
+                batch.seq_lens,
+                num_kv_heads=kv_heads,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+            )
+            return out.copy_(y)
+        exact = softcap is not None or sinks is not None
+        groups = self._groups.get((window, exact))
+        if groups is None:
+            groups = self._groups[window, exact] = cpu_attention.prepare(
+                self._tables,
+                self._batch.starts,
+                self._batch.lengths,
+                block_size=self._kv.block_size,
+                slot_bytes=self._kv.group.width * cache.dtype.itemsize,
+                num_heads=self._num_heads,
+                dtype=q.dtype,
+                window=window,
+                exact=exact,
+            )
+        return cpu_attention.paged_attention(
+            q, cache, groups, num_kv_heads=kv_heads, scale=scale, out=out, softcap=softcap, sinks=sinks
+        )

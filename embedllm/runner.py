@@ -1,0 +1,117 @@
+"""Runs a plan on a model: copies, forward, logits at the plan's positions.
+
+Owns the order of those three and the model's and cache's lifetime. Knows plans, never sequences; samples nothing.
+Invariant: a plan's block copies are done before any of its KV is written, and a run that raises has changed nothing but
+KV that the plan itself was to write.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from embedllm.batch import Batch, build
+from embedllm.config import Limits
+from embedllm.errors import EngineClosed
+from embedllm.kv_cache import KVCache
+from embedllm.plan_types import Entry, Plan
+
+LOGIT_ROWS = 16  # of one slice of prompt logprobs: 16 rows of 151,936 logits are 10 MB
+
+
+class Model(Protocol):
+    """What a runner needs of a model: the native decoder and the fallback both have it."""
+
+    def forward(self, batch: Batch, kv: KVCache, between_layers: Callable[[], None] | None = None) -> Tensor:
+        """Write the batch's KV, return hidden states [tokens, hidden]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows of hidden states to float32 logits [rows, vocabulary]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """logits float32 [num_logits, vocabulary], the plan's logit positions in the plan's order; the caller may write to
+    them. hidden [rows, hidden]: every token of the entries with prompt_logprobs, in the plan's order, None if none.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None
+
+
+class Runner:
+    """One model on one KV cache."""
+
+    def __init__(self, model: Model, kv_cache: KVCache, limits: Limits) -> None:
+        self._model: Model | None = model
+        self._kv = kv_cache
+        self._limits = limits
+
+    @property
+    def kv_cache(self) -> KVCache:
+        return self._kv
+
+    def __call__(self, plan: Plan, between_layers: Callable[[], None] | None = None) -> ModelOutput:
+        """Run one step. `between_layers` is called before every layer; what it raises ends the step."""
+        model = self._open()
+        with torch.inference_mode():
+            batch = build(plan, self._kv.block_size, self._kv.blocks.device)
+            self._kv.copy_blocks(batch.copies)
+            hidden = model.forward(batch, self._kv, between_layers)
+            asked = None if batch.hidden_rows is None else hidden.index_select(0, batch.hidden_rows)
+            return ModelOutput(model.logits(hidden.index_select(0, batch.logit_rows)), asked)
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits of rows of ModelOutput.hidden, a few rows at a time: float32 [at most LOGIT_ROWS, vocabulary] each."""
+        model = self._open()
+        for rows in torch.split(hidden, LOGIT_ROWS):
+            with torch.inference_mode():
+                logits = model.logits(rows)
+            yield logits
+
+    def calibrate(self, target_seconds: float = 0.150) -> int:
+        """Most tokens of a step that stays within the target on this machine: a multiple of 16, at least 64.
+
+        Runs a few prompts of made-up tokens through blocks from 0 on, so call it before the first request. It also
+        makes oneDNN generate its kernels for the sizes it runs.
+        """
+        count, best = 64, (64, 0.0)
+        while count <= 4_096:
+            seconds = min(self._timed(count) for _ in range(2))
+            if seconds > target_seconds:
+                low, fast = best
+                if fast:  # between the last that fits and this one, by a straight line
+                    low += int((count - low) * (target_seconds - fast) / (seconds - fast))
+                return max(64, low // 16 * 16)
+            best, count = (count, seconds), count * 2
+        return 4_096
+
+    def _timed(self, num_tokens: int) -> float:
+        """Seconds of one step of `num_tokens` prompt tokens, in as many prompts as the pool's size asks for."""
+        kv = self._kv
+        longest = min(num_tokens, kv.num_blocks * kv.block_size, self._limits.max_model_len)
+        entries = []
+        for start in range(0, num_tokens, longest):
+            size = min(longest, num_tokens - start)
+            blocks = array("i", range(-(-size // kv.block_size)))
+            entries.append(Entry(-1, 0, 0, 0, [0] * size, 0, 1, blocks))
+        plan = Plan(-1, entries)
+        began = time.perf_counter()
+        self(plan)
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """Drop the model and give the cache's memory back. Idempotent."""
+        self._model = None
+        self._kv.free()
+
+    def _open(self) -> Model:
+        if self._model is None:
+            raise EngineClosed("the runner is closed")
+        return self._model
