@@ -280,7 +280,8 @@ def _moes(fields: Fields, family: Family, num_layers: int) -> list[MoE | None]:
     dense = (
         fields.items("mlp_only_layers", len(fields.raw["mlp_only_layers"])) if fields.raw.get("mlp_only_layers") else []
     )
-    count = fields.integer(family.experts, 0, 2**16, 8 if family.renormalise else 128)
+    name = next((name for name in ("num_local_experts", "num_experts") if fields.has(name)), "num_experts")
+    count = fields.integer(name, 0, 2**16, family.experts)
     if not count:
         return [None] * num_layers
     step = fields.integer("decoder_sparse_step", 1, MAX_LAYERS, 1)

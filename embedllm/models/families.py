@@ -34,7 +34,7 @@ class Family:
     multipliers: bool = False
     nope: bool = False
     partial: bool = False
-    experts: str = ""  # name of the field that counts them
+    experts: int = 0  # how many where the file says nothing; 0 = a dense model
     renormalise: bool | None = None  # None = field norm_topk_prob
     tied: bool = False
 
@@ -79,12 +79,8 @@ FAMILIES: Mapping[str, Family] = {
     "SmolLM3ForCausalLM": Family(
         theta=2_000_000.0, window="layers", qkv_bias=None, mlp_bias=True, nope=True, tied=True
     ),
-    "MixtralForCausalLM": Family(
-        norm_eps=1e-5, theta=1_000_000.0, window="all", experts="num_local_experts", renormalise=True
-    ),
-    "Qwen3MoeForCausalLM": Family(
-        head_dim=None, window="flagged_all", qkv_bias=None, qk_norm="head", experts="num_experts"
-    ),
+    "MixtralForCausalLM": Family(norm_eps=1e-5, theta=1_000_000.0, window="all", experts=8, renormalise=True),
+    "Qwen3MoeForCausalLM": Family(head_dim=None, window="flagged_all", qkv_bias=None, qk_norm="head", experts=128),
 }
 _BY_MODEL_TYPE = {
     "llama": "LlamaForCausalLM",
