@@ -1,0 +1,206 @@
+"""Token ids to text as they come, and the stop strings in it.
+
+Owns one sequence's decoding state. Knows tokens and text only, nothing of the engine. Text once handed out is never
+taken back. Invariant: the pieces, joined, are the decoded output ids, cut at the stop; nothing of the prompt shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from embedllm.params import SamplingParams
+    from embedllm.tokenizer import TokenizerProtocol
+
+UNFINISHED = "\ufffd"  # what a decoder makes of half a character
+MAX_HELD = 8  # tokens kept back for an incomplete character, which has at most 4 bytes
+MAX_RUN = 16  # <0xNN> tokens kept back: one bad byte among them changes how all are read
+
+
+class Piece(NamedTuple):
+    """What a step of tokens gave: the text to hand out, how many of the tokens count, the stop string that was hit."""
+
+    text: str
+    num_tokens: int
+    stop: str | None = None
+
+
+class TextStream:
+    """Incremental decoding of one output.
+
+    decode: ids to text, for any window of ids. fast: makes a `tokenizers` DecodeStream for a context of ids; it
+    decodes most tokens in a microsecond, and windows are decoded only when it says nothing for long or gives up.
+    silent: ids without text. byte_of: ids of the <0xNN> tokens of a byte-fallback decoder, which reads a run of them as
+    a whole: a run is held until it ends, or up to MAX_RUN tokens.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        fast: Callable[[list[int]], Any] | None = None,
+        backend: Any = None,
+        *,
+        silent: frozenset[int] = frozenset(),
+        byte_of: Mapping[int, int] | None = None,
+    ) -> None:
+        self._decode = decode
+        self._fast = fast
+        self._backend = backend
+        self._silent = silent
+        self._byte_of = byte_of or {}
+        self._stream = fast([]) if fast else None
+        self._context: list[int] = []  # tokens whose text is out; those before no longer matter
+        self._held: list[int] = []  # tokens whose text is not, or not wholly
+        self._num_out = 0  # without a stream: characters of the window's text that are out
+        self._run: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, often empty."""
+        if token in self._silent:
+            return ""
+        if token not in self._byte_of:
+            if not self._run:
+                return self._add([token])
+            run, self._run = self._run, []
+            return self._add(run) + self._add([token])
+        self._run.append(token)
+        if len(self._run) < MAX_RUN:
+            return ""
+        cut = _whole_characters(bytes(self._byte_of[i] for i in self._run))
+        run, self._run = self._run[:cut], self._run[cut:]
+        return self._add(run)
+
+    def finish(self) -> str:
+        """The rest: an incomplete character becomes U+FFFD here and nowhere else."""
+        text = self._add(self._run) if self._run else ""
+        self._run = []
+        if self._held:
+            before = len(self._decode(self._context)) if self._stream is not None else self._num_out
+            text += self._decode(self._context + self._held)[before:]
+            self._held = []
+        return text
+
+    def _add(self, tokens: list[int]) -> str:
+        if self._stream is not None:
+            try:
+                piece = self._stream.step(self._backend, tokens)
+            except Exception:  # a decoder whose text is no extension of what it said before
+                piece = None
+            else:
+                if piece is not None:
+                    self._context = self._held + tokens
+                    self._held = []
+                    return str(piece)
+                if len(self._held) + len(tokens) < MAX_HELD:
+                    self._held += tokens
+                    return ""
+            self._stream = None
+            self._num_out = len(self._decode(self._context)) if self._context else 0
+        self._held += tokens
+        return self._add_by_window()
+
+    def _add_by_window(self) -> str:
+        """Decode the window of tokens that still matter; all of its text is final but a last U+FFFD."""
+        window = self._context + self._held
+        text = self._decode(window)
+        end = len(text) - text.endswith(UNFINISHED)
+        piece = text[self._num_out : end]
+        self._num_out = max(self._num_out, end)
+        if end == len(text):  # a boundary between characters: later text does not depend on what is before
+            self._context, self._held = window[-MAX_HELD:], []
+            self._num_out = len(self._decode(self._context))
+            if self._fast is not None:
+                self._stream = self._fast(self._context)
+        elif len(window) > 4 * MAX_HELD:  # whatever the last U+FFFD is, it began within the last 3 tokens
+            self._context, self._held = [], window[-4:]
+            self._num_out = len(self._decode(self._held)) - 1
+        return piece
+
+
+def _whole_characters(data: bytes) -> int:
+    """Length of `data` less an incomplete character at its end; all of it if it is not UTF-8 anyway."""
+    for cut in range(len(data), max(len(data) - 4, 0), -1):
+        try:
+            data[:cut].decode()
+        except UnicodeDecodeError as error:
+            if error.end != cut or error.reason != "unexpected end of data":
+                return len(data)
+        else:
+            return cut
+    return len(data)
+
+
+class Detokenizer:
+    """One sequence's text.
+
+    tokenizer: None gives no text. prompt_ids: not used for text, because an output is decoded by itself: a character
+    that began in the prompt shows as U+FFFD. params: stop, min_tokens, include_stop_str_in_output, skip_special_tokens.
+    """
+
+    def __init__(self, tokenizer: TokenizerProtocol | None, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self._stream = tokenizer.decode_stream(params.skip_special_tokens) if tokenizer is not None else None
+        self._stops: tuple[str, ...] = tuple(params.stop)
+        self._firsts = frozenset(stop[0] for stop in self._stops)
+        self._keep_stop = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
+        self._num_tokens = 0
+        self._pending = ""  # decoded, and the beginning of a stop string
+        self._ended = False
+
+    def step(self, tokens: Sequence[int], ended_by_token: bool = False) -> Piece:
+        """Take one step's tokens, one or more.
+
+        ended_by_token: the last of them is the EOS or stop token that ends the sequence; it has no text. A stop string
+        completed before it comes first. After a stop nothing more is taken.
+        """
+        if self._stream is None or self._ended:
+            return Piece("", 0 if self._ended else len(tokens))
+        out = []
+        for number, token in enumerate(tokens, start=1):
+            self._num_tokens += 1
+            if ended_by_token and number == len(tokens):
+                break
+            new = self._stream.push(token)
+            if not new:
+                continue
+            text, stop = self._scan(new)
+            out.append(text)
+            if stop is not None:
+                self._ended = True
+                return Piece("".join(out), number, stop)
+        return Piece("".join(out), len(tokens))
+
+    def finish(self) -> str:
+        """Whatever is still held back, once the sequence has ended."""
+        if self._stream is None or self._ended:
+            return ""
+        self._ended = True
+        rest, self._pending = self._pending + self._stream.finish(), ""
+        return rest
+
+    def _scan(self, new: str) -> tuple[str, str | None]:
+        """What of the pending text and `new` can be handed out, and the stop string it contains.
+
+        Of several, the one that ends first counts, then the longest: the same whatever the tokens are.
+        """
+        text = self._pending + new
+        if not self._stops:
+            return text, None
+        if self._num_tokens <= self._min_tokens:  # text of the first min_tokens tokens is no part of a stop string
+            return text, None
+        hits = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if hits:
+            end, start, stop = min(hits)
+            self._pending = ""
+            return text[: end if self._keep_stop else start], stop
+        held = self._held_from(text)
+        self._pending = text[held:]
+        return text[:held], None
+
+    def _held_from(self, text: str) -> int:
+        """Where the longest suffix of the text begins that is the beginning of a stop string."""
+        for start, char in enumerate(text):
+            if char in self._firsts and any(stop.startswith(text[start:]) for stop in self._stops):
+                return start
+        return len(text)
