@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from embedllm.errors import InvalidRequest, RequestTooLong
 
@@ -43,9 +44,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_batch_tokens", "max_queued"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidRequest(f"{name} must be an integer of at least 1, got {value!r}")
+            _positive(name, getattr(self, name))
         if self.max_batch_tokens < self.max_num_seqs:
             raise InvalidRequest(
                 f"max_batch_tokens={self.max_batch_tokens} is below max_num_seqs={self.max_num_seqs}: "
@@ -77,6 +76,50 @@ class Limits:
                 f"the cache has {self.num_blocks}{pins}: lower max_tokens, or give the cache more memory "
                 "(kv_cache_memory=, num_kv_blocks=)"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `LLM(...)`, as given; see there."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    kv_cache_memory: int | float | str = "auto"
+    num_kv_blocks: int | None = None
+    block_size: int = 16
+    max_model_len: int | str = "auto"
+    max_num_seqs: int | str = "auto"
+    max_batch_tokens: int | str = "auto"
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
+    quantization: str | None = None
+    speculative: Any = None
+    seed: int = 0
+    tokenizer: Any = "auto"
+    revision: str | None = None
+    token: str | bool | None = None
+    trust_remote_code: bool = False
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_batch_tokens"):
+            if getattr(self, name) != "auto":
+                _positive(name, getattr(self, name), ' or "auto"')
+        _positive("block_size", self.block_size)
+        if self.num_kv_blocks is not None:
+            _positive("num_kv_blocks", self.num_kv_blocks)
+        for name in ("quantization", "speculative"):
+            if getattr(self, name) is not None:
+                raise InvalidRequest(f"{name}={getattr(self, name)!r} is not available yet; leave it None")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise InvalidRequest(f"seed must be an integer from 0 to 2**63-1, got {self.seed!r}")
+        if self.kv_cache_memory != "auto":
+            parse_memory(self.kv_cache_memory, 1 << 40)  # refused here rather than after the weights are loaded
+
+
+def _positive(name: str, value: object, otherwise: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidRequest(f"{name} must be an integer of at least 1{otherwise}, got {value!r}")
 
 
 def parse_memory(value: int | float | str, free: int) -> int:

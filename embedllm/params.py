@@ -28,7 +28,7 @@ class SamplingParams:
     """Sampling options of one request. Fields left out come from the LLM, then the model's generation_config.
 
     n: samples per prompt, 1..128, sharing the prompt's KV blocks.
-    temperature: 0 is greedy; otherwise logits are divided by it.
+    temperature: 0 is greedy, the default unless generation_config says do_sample; otherwise logits are divided by it.
     top_p, top_k, min_p: nucleus mass in (0, 1]; number of candidates, 0 = all; floor relative to the best, in [0, 1].
     presence_penalty, frequency_penalty: subtracted once / per occurrence in the output, in [-2, 2].
     repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen in prompt or output.
@@ -54,7 +54,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    temperature: float = 1.0
+    temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0

@@ -1,0 +1,80 @@
+"""embedllm: an LLM engine inside your process.
+
+    import embedllm
+    llm = embedllm.LLM()                      # the small model in the box; or a folder, or a Hub id
+    print(llm.generate("def fib(n):").text)
+
+Importing this loads nothing heavy: torch comes with the first LLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from embedllm import errors as errors
+    from embedllm import testing as testing
+    from embedllm.cache import Pin as Pin
+    from embedllm.generation import Generation as Generation
+    from embedllm.llm import LLM as LLM
+    from embedllm.metrics import Stats as Stats
+    from embedllm.outputs import Completion as Completion
+    from embedllm.outputs import Delta as Delta
+    from embedllm.outputs import Logprob as Logprob
+    from embedllm.outputs import Timing as Timing
+    from embedllm.outputs import Usage as Usage
+    from embedllm.params import SamplingParams as SamplingParams
+    from embedllm.plan import plan as plan
+    from embedllm.trace import Trace as Trace
+
+_HOME = {
+    "Completion": "outputs",
+    "Delta": "outputs",
+    "Generation": "generation",
+    "LLM": "llm",
+    "Logprob": "outputs",
+    "Pin": "cache",
+    "SamplingParams": "params",
+    "Stats": "metrics",
+    "Timing": "outputs",
+    "Trace": "trace",
+    "Usage": "outputs",
+    "errors": "",
+    "plan": "plan",
+    "testing": "",
+}
+
+__all__ = [
+    "Completion",
+    "Delta",
+    "Generation",
+    "LLM",
+    "Logprob",
+    "Pin",
+    "SamplingParams",
+    "Stats",
+    "Timing",
+    "Trace",
+    "Usage",
+    "errors",
+    "plan",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'embedllm' has no attribute {name!r}")
+    if not home:
+        return importlib.import_module(f"embedllm.{name}")
+    value = getattr(importlib.import_module(f"embedllm.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,131 @@
+"""`llm.cache`: ask the prefix cache what it holds, keep something in it, empty it.
+
+Owns the questions; the answers are made on the engine's thread between two steps. Invariant: pinned blocks never take
+more than half the pool, and never so much that an admitted request could no longer fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from embedllm.engine import Engine
+from embedllm.worker import Worker
+
+if TYPE_CHECKING:
+    from embedllm.generation import Generation
+
+Encode = Callable[[object], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """One block of a prompt: which tokens it covers, whether it would hit, and why not.
+
+    `block` is the pool's block id on a hit, `refs` how many requests use it right now.
+    """
+
+    start: int
+    end: int
+    hit: bool
+    block: int | None
+    refs: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """What the cache would do for a prompt, block by block."""
+
+    num_tokens: int
+    cached_tokens: int
+    blocks: tuple[BlockReport, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.cached_tokens} of {self.num_tokens} prompt tokens are cached"]
+        for b in self.blocks:
+            what = f"block {b.block}, used by {b.refs}" if b.hit else b.reason
+            lines.append(f"  {b.start:>6}..{b.end - 1:<6} {'hit ' if b.hit else 'miss'}  {what}")
+        return "\n".join(lines)
+
+
+class Pin:
+    """Keeps a prompt's full blocks in the cache until `unpin()`; also a context manager."""
+
+    def __init__(self, worker: Worker, pin_id: int, num_blocks: int, num_tokens: int) -> None:
+        self._worker = worker
+        self._pin_id = pin_id
+        self.num_blocks = num_blocks
+        self.num_tokens = num_tokens
+
+    def unpin(self) -> None:
+        """Let the blocks be evicted again. Idempotent."""
+        self._worker.call(lambda engine: engine.unpin(self._pin_id))
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.unpin()
+
+    def __repr__(self) -> str:
+        return f"<Pin: {self.num_tokens} tokens in {self.num_blocks} blocks>"
+
+
+class Cache:
+    """The prefix cache of one LLM."""
+
+    def __init__(self, worker: Worker, encode: Encode, prefill: Callable[[list[int], str | None], Generation]) -> None:
+        self._worker = worker
+        self._encode = encode
+        self._prefill = prefill
+
+    def explain(self, prompt: object, cache_salt: str | None = None) -> CacheReport:
+        """Which blocks of this prompt are cached, which are not, and why. Changes nothing.
+
+        Prompts as in `generate`. Blocks are only shared between requests of the same `cache_salt`.
+        """
+        tokens = self._encode(prompt)
+        return self._worker.call(lambda engine: _explain(engine, tokens, cache_salt))
+
+    def pin(self, prompt: object, cache_salt: str | None = None) -> Pin:
+        """Compute the prompt if needed and keep its full blocks until the pin is undone.
+
+        Raises InvalidRequest if pins would take more than half the pool or leave too little for a request that is
+        already admitted.
+        """
+        tokens = self._encode(prompt)
+        self._worker.call(lambda engine: engine.check_pin(len(tokens)))
+        self._prefill(tokens, cache_salt).result()
+        pin_id, num_blocks = self._worker.call(lambda engine: engine.pin(tokens, cache_salt))
+        size = self._worker.call(lambda engine: engine.limits.block_size)
+        return Pin(self._worker, pin_id, num_blocks, num_blocks * size)
+
+    def reset(self) -> int:
+        """Forget everything nobody uses or pins; returns how many blocks became free."""
+        return self._worker.call(lambda engine: engine.scheduler.pool.reset_cache())
+
+
+def _explain(engine: Engine, tokens: list[int], salt: str | None) -> CacheReport:
+    limits, pool = engine.limits, engine.scheduler.pool
+    size = limits.block_size
+    found = pool.find(tokens[:-1], salt)[0] if limits.prefix_caching else []
+    reports = []
+    for start in range(0, len(tokens), size):
+        end, index = min(start + size, len(tokens)), start // size
+        if index < len(found):
+            reports.append(BlockReport(start, end, True, found[index], pool.refs(found[index]), "cached"))
+            continue
+        if not limits.prefix_caching:
+            reason = "prefix caching is off"
+        elif end - start < size:
+            reason = "only full blocks are shared"
+        elif end == len(tokens):
+            reason = "the last token is always computed: its logits are needed"
+        elif index > len(found):
+            reason = "a block before it is missing"
+        else:
+            reason = "these tokens were not computed yet, or were evicted"
+        reports.append(BlockReport(start, end, False, None, 0, reason))
+    return CacheReport(len(tokens), len(found) * size, tuple(reports))

@@ -1,0 +1,191 @@
+"""What a request has said so far, and who waits to hear more.
+
+Owns the record of one request, written by the engine thread and read by any other. Shares no lock with anybody: the
+engine appends and then bumps `version`; a reader leaves a waiter and then looks at `version` again, so either the
+engine sees the waiter or the reader sees the news. Invariant: the record only grows, and never after `ended`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from embedllm.errors import EmbedLLMError, RequestCancelled, RequestFailed
+from embedllm.outputs import Completion, Delta, FinishReason, TokenLogprobs
+from embedllm.request import Ended, Update
+
+SLICE = 0.1  # seconds a wait lasts before it looks again: Ctrl-C and a notebook's Stop are felt this fast
+
+
+@dataclass(slots=True)
+class SampleRecord:
+    """One sample's pieces in order; piece i is (text, tokens, logprobs)."""
+
+    pieces: list[tuple[str, list[int], list[TokenLogprobs] | None]] = field(default_factory=list)
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def delta(self, index: int, start: int) -> tuple[Delta, int]:
+        """Everything from piece `start` on, merged, and where the next one starts."""
+        finish_reason = self.finish_reason  # read before the pieces: it is written after them
+        pieces = self.pieces[start:]
+        text = "".join(piece[0] for piece in pieces)
+        tokens = [token for piece in pieces for token in piece[1]]
+        logprobs = [found for piece in pieces for found in piece[2] or ()]
+        return Delta(index, text, tokens, logprobs or None, finish_reason), start + len(pieces)
+
+
+class Waiter:
+    """One reader's own alarm: a queue for a thread, a future for a coroutine of `loop`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.loop = loop
+        if loop is None:
+            self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        else:
+            self.future: asyncio.Future[None] = loop.create_future()
+
+    def fire(self) -> None:
+        """Called by any thread for a thread's alarm, on the loop for a coroutine's."""
+        if self.loop is None:
+            self._bell.put(None)
+        elif not self.future.done():
+            self.future.set_result(None)
+
+    def wait(self, timeout: float) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._bell.get(timeout=timeout)
+
+
+def fire(waiters: Iterable[Waiter]) -> None:
+    """Wake them all with one call per event loop. Never blocks; a closed loop is its owner's affair."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Waiter]] = {}
+    for waiter in waiters:
+        if waiter.loop is None:
+            waiter.fire()
+        else:
+            by_loop.setdefault(waiter.loop, []).append(waiter)
+    for loop, members in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # closed
+            loop.call_soon_threadsafe(_fire_each, members)
+
+
+def _fire_each(waiters: list[Waiter]) -> None:
+    for waiter in waiters:
+        waiter.fire()
+
+
+class Channel:
+    """The record of one request between the engine and its readers."""
+
+    def __init__(self, request_id: int, num_samples: int, *, foreground: bool) -> None:
+        self.request_id = request_id
+        self.foreground = foreground
+        self.samples = [SampleRecord() for _ in range(num_samples)]
+        self.ended: Ended | None = None
+        self.version = 0
+        self.last_read = time.monotonic()
+        self.parked = False
+        self.watch: Callable[[], None] = bool  # called once per slice by whoever waits; bool() does nothing
+        self._waiters: list[Waiter] = []
+
+    # ---- the engine's side ------------------------------------------------------------------------------------
+
+    def push(self, update: Update) -> None:
+        sample = self.samples[update.index]
+        if update.text or update.tokens:
+            sample.pieces.append((update.text, update.tokens, update.logprobs))
+            sample.num_tokens += len(update.tokens)
+        if update.finish_reason is not None:
+            sample.stop_reason = update.stop_reason
+            sample.finish_reason = update.finish_reason
+
+    def end(self, ended: Ended) -> None:
+        self.ended = ended
+
+    def take_waiters(self) -> list[Waiter]:
+        """Bump the version and return whoever waited for it, to be fired."""
+        self.version += 1
+        waiters, self._waiters = self._waiters, []
+        return waiters
+
+    # ---- the readers' side ------------------------------------------------------------------------------------
+
+    def wait(self, seen: int, timeout: float | None = None) -> bool:
+        """Block until the version differs from `seen`, in slices; False if `timeout` seconds passed first."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.version == seen:
+            left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
+            if left <= 0:
+                return False
+            waiter = Waiter(None)
+            self._waiters.append(waiter)
+            if self.version == seen:
+                waiter.wait(left)
+                self._forget(waiter)
+                self.watch()
+        return True
+
+    async def wait_async(self, seen: int) -> None:
+        """The same without blocking the caller's loop, with a heartbeat so that an interrupt is felt."""
+        loop = asyncio.get_running_loop()
+        while self.version == seen:
+            waiter = Waiter(loop)
+            self._waiters.append(waiter)
+            try:
+                if self.version == seen:
+                    await asyncio.wait({waiter.future}, timeout=SLICE)
+            finally:
+                self._forget(waiter)
+            self.watch()
+
+    def _forget(self, waiter: Waiter) -> None:
+        with contextlib.suppress(ValueError):  # the engine took it already
+            self._waiters.remove(waiter)
+
+    # ---- the end ----------------------------------------------------------------------------------------------
+
+    def completion(self) -> Completion:
+        """The answer so far; the whole answer once ended."""
+        ended = self.ended
+        outputs = []
+        for index, sample in enumerate(self.samples):
+            delta, _ = sample.delta(index, 0)
+            reason = sample.finish_reason or ("cancelled" if ended is None else "error")
+            outputs.append(
+                Completion(
+                    text=delta.text,
+                    tokens=delta.tokens,
+                    finish_reason=reason,
+                    stop_reason=sample.stop_reason,
+                    logprobs=delta.logprobs,
+                    index=index,
+                )
+            )
+        if ended is not None:
+            outputs = [
+                replace(o, usage=ended.usage, timing=ended.timing, prompt_logprobs=ended.prompt_logprobs)
+                for o in outputs
+            ]
+        return replace(outputs[0], siblings=tuple(outputs[1:]))
+
+    def result(self) -> Completion:
+        """The completion of an ended request; raises its error with the partial completion attached."""
+        self.raise_error()
+        return self.completion()
+
+    def raise_error(self) -> None:
+        """If the request ended badly, raise why: a fresh exception for each reader, with the first cause behind it."""
+        error = self.ended.error if self.ended is not None else None
+        if error is None:
+            return
+        if isinstance(error, (RequestFailed, RequestCancelled)):
+            raise type(error)(str(error), self.completion()) from error.__cause__
+        if isinstance(error, EmbedLLMError):
+            raise type(error)(*error.args) from error.__cause__
+        raise RequestFailed(f"request {self.request_id} failed: {error!r}", self.completion()) from error

@@ -1,0 +1,237 @@
+"""One loaded model with its engine: what every handle on it shares.
+
+Owns the steps from options to a running worker: resolve, load, size the cache, start the thread. Knows no requests.
+Invariant: a Core that exists is ready; if building fails nothing stays allocated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from embedllm.config import Limits, Options, parse_memory
+from embedllm.engine import Engine
+from embedllm.errors import InvalidRequest, OutOfMemory
+from embedllm.tokenizer import TokenizerProtocol, Tokenizer
+from embedllm.worker import Worker
+
+CPU_SEQUENCES = 64
+CUDA_SEQUENCES, CUDA_BATCH_TOKENS = 256, 8_192
+STEP_SECONDS = 0.150  # a CPU step is kept this short, so that Stop is felt and nobody waits long behind a prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What runs: name and commit, context and vocabulary sizes, chat template, device, dtype."""
+
+    model: str
+    revision: str | None
+    architecture: str
+    max_model_len: int
+    vocab_size: int
+    chat_template: str | None
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes. weights: the model. kv_cache: all blocks. free: what the process may still take. `note` says why a
+    dtype or a size was chosen."""
+
+    weights: int
+    kv_cache: int
+    kv_bytes_per_token: int
+    free: int
+    note: str = ""
+
+
+class Core:
+    """A model, its tokenizer, its limits and its worker."""
+
+    def __init__(
+        self,
+        *,
+        info: ModelInfo,
+        limits: Limits,
+        tokenizer: TokenizerProtocol | None,
+        defaults: dict[str, Any],
+        eos_ids: tuple[int, ...],
+        runner: Any,
+        memory: Callable[[], Memory],
+    ) -> None:
+        self.info = info
+        self.limits = limits
+        self.tokenizer = tokenizer
+        self.defaults = defaults
+        self.memory = memory
+        engine = Engine(
+            runner,
+            limits,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            logits_of=getattr(runner, "logits", None),
+            close=getattr(runner, "close", None),
+            debug=bool(os.environ.get("EMBEDLLM_CHECK")),
+        )
+        self.worker = Worker(engine, info.model)
+
+
+def build(model: Any, options: Options) -> Core:
+    """Load a model and start its engine. `model` is None, a name, a folder, or an object as in `embedllm.testing`."""
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        return _from_object(model, options)
+    return _from_files(model, options)
+
+
+def _from_object(model: Any, options: Options) -> Core:
+    max_model_len = _auto(options.max_model_len, model.max_model_len)
+    max_num_seqs = _auto(options.max_num_seqs, CPU_SEQUENCES)
+    limits = Limits(
+        block_size=options.block_size,
+        num_blocks=options.num_kv_blocks or 4_096,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=_auto(options.max_batch_tokens, max(512, max_num_seqs)),
+        vocab_size=model.vocab_size,
+        num_input_ids=model.vocab_size,
+        prefix_caching=options.prefix_caching,
+        chunked_prefill=options.chunked_prefill,
+    )
+    tokenizer = None if options.tokenizer == "auto" else options.tokenizer
+    return Core(
+        info=ModelInfo(
+            model=model.name,
+            revision=None,
+            architecture=type(model).__name__,
+            max_model_len=max_model_len,
+            vocab_size=model.vocab_size,
+            chat_template=getattr(tokenizer, "chat_template", None),
+            device="cpu",
+            dtype="float32",
+        ),
+        limits=limits,
+        tokenizer=tokenizer,
+        defaults={},
+        eos_ids=tuple(model.eos_ids),
+        runner=model.runner(limits),
+        memory=lambda: Memory(weights=0, kv_cache=0, kv_bytes_per_token=0, free=0),
+    )
+
+
+def _from_files(model: Any, options: Options) -> Core:
+    import torch
+
+    from embedllm.kv_cache import KVCache, auto_num_blocks, free_memory
+    from embedllm.models import hub
+    from embedllm.models.load import load
+    from embedllm.runner import Runner
+
+    device = torch.device(_device(options.device))
+    snapshot = hub.resolve(
+        model, options.revision, options.token, progress=options.progress, code=options.trust_remote_code
+    )
+    tokenizer = _tokenizer(options, snapshot.path)
+    longest = None if options.max_model_len == "auto" else int(options.max_model_len)
+    loaded = load(
+        snapshot,
+        dtype=options.dtype,
+        device=device,
+        max_model_len=longest,
+        progress=options.progress,
+        trust_remote_code=options.trust_remote_code,
+    )
+    group = loaded.kv_group
+    max_model_len = longest or loaded.max_model_len
+    max_num_seqs = _auto(options.max_num_seqs, CPU_SEQUENCES if device.type == "cpu" else CUDA_SEQUENCES)
+    num_blocks = options.num_kv_blocks
+    if num_blocks is None and options.kv_cache_memory == "auto":
+        num_blocks = auto_num_blocks(
+            group,
+            block_size=options.block_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            free=free_memory(),
+        )
+    elif num_blocks is None:
+        num_blocks = parse_memory(options.kv_cache_memory, free_memory()) // group.bytes_per_block(options.block_size)
+    if num_blocks * options.block_size < max_model_len:
+        max_model_len = _shrink(longest, num_blocks, options, group.bytes_per_token)
+    limits = Limits(
+        block_size=options.block_size,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max(_auto(options.max_batch_tokens, CUDA_BATCH_TOKENS), max_model_len),
+        vocab_size=loaded.vocab_size,
+        num_input_ids=loaded.num_input_ids,
+        prefix_caching=options.prefix_caching,
+        chunked_prefill=options.chunked_prefill,
+    )
+    kv = KVCache(group, num_blocks, options.block_size, device)
+    runner = Runner(loaded, kv, limits)
+    if options.max_batch_tokens != "auto":
+        limits = replace(limits, max_batch_tokens=int(options.max_batch_tokens))
+    elif device.type == "cpu":
+        least = max(max_num_seqs, 0 if options.chunked_prefill else max_model_len)
+        limits = replace(limits, max_batch_tokens=max(least, runner.calibrate(STEP_SECONDS)))
+    info = ModelInfo(
+        model=snapshot.name,
+        revision=snapshot.revision,
+        architecture=loaded.architecture,
+        max_model_len=max_model_len,
+        vocab_size=loaded.vocab_size,
+        chat_template=tokenizer.chat_template if tokenizer is not None else None,
+        device=str(device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+    )
+    sizes = {"weights": loaded.num_bytes, "kv_cache": kv.num_bytes, "kv_bytes_per_token": group.bytes_per_token}
+    return Core(
+        info=info,
+        limits=limits,
+        tokenizer=tokenizer,
+        defaults=snapshot.defaults(),
+        eos_ids=snapshot.eos_ids,
+        runner=runner,
+        memory=lambda: Memory(**sizes, free=free_memory(), note=loaded.note),
+    )
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cpu"  # CUDA kernels are not there yet; naming "cuda" says so
+    if torch.device(device).type != "cpu":
+        raise InvalidRequest(f"device={device!r} is not supported yet; use device='cpu'")
+    return device
+
+
+def _tokenizer(options: Options, folder: Any) -> TokenizerProtocol | None:
+    if options.tokenizer == "auto":
+        return Tokenizer.from_folder(folder)
+    if isinstance(options.tokenizer, (str, os.PathLike)):
+        from embedllm.models import hub
+
+        found = Tokenizer.from_folder(hub.resolve(options.tokenizer, token=options.token, weights=False).path)
+        if found is None:
+            raise InvalidRequest(f"tokenizer={options.tokenizer!r} holds no tokenizer files")
+        return found
+    return options.tokenizer  # type: ignore[no-any-return]  # None, or an object of the caller's
+
+
+def _shrink(asked: int | None, num_blocks: int, options: Options, bytes_per_token: int) -> int:
+    """A cache smaller than one full context: the context shrinks, unless it was asked for."""
+    room = num_blocks * options.block_size
+    if asked is not None or room < 2:
+        raise OutOfMemory(
+            f"max_model_len={asked} needs {(asked or 2) * bytes_per_token:,} bytes of KV cache and there is room for "
+            f"{room} tokens: lower max_model_len or raise kv_cache_memory"
+        )
+    return room
+
+
+def _auto(value: int | str, chosen: int) -> int:
+    return chosen if value == "auto" else int(value)
