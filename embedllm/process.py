@@ -21,12 +21,12 @@ def register_attention(function: Callable[..., Any]) -> str:
     Adds one entry to a table of functions by name; no other model looks it up. A reload of the module that defines the
     function replaces its own entry; a different function under our name is an error.
     """
-    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    known = dict(AttentionInterface()).get(ATTENTION)
+    known = ALL_ATTENTION_FUNCTIONS.get(ATTENTION)
     if known is not None and getattr(known, "__module__", None) != function.__module__:
         raise EngineError(f"transformers' AttentionInterface has another function named {ATTENTION!r}: {known!r}")
-    AttentionInterface.register(ATTENTION, function)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, function)
     return ATTENTION
 
 
@@ -36,11 +36,11 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -88,8 +88,9 @@ def load(
 ) -> Loaded:
     """Load a snapshot.
 
-    dtype: "auto" (what the weights were saved in, float32 on a CPU that cannot multiply in it) or a name. max_model_len:
-    default what the model was made for. trust_remote_code: run Python files that the model brings; never done without.
+    dtype: "auto" (what the weights were saved in, float32 on a CPU that cannot multiply in it) or a name.
+    max_model_len: by default what the model was made for.
+    trust_remote_code: run Python files that the model brings; without it they are never run.
 
     Raises ModelFormatError for broken files, UnsupportedModel naming what is missing, InvalidRequest for an option.
     """
@@ -148,7 +149,7 @@ def check_length(max_model_len: int | None, max_len: int, name: str) -> int:
     """`max_model_len` where it is within what the model was made for; all of that where it is None."""
     if max_model_len is None:
         return max_len
-    if isinstance(max_model_len, bool) or not isinstance(max_model_len, int) or not 1 <= max_model_len <= max_len:
+    if not 1 <= max_model_len <= max_len:
         raise InvalidRequest(
             f"max_model_len={max_model_len!r}: {name} was made for 1 to {max_len:,} tokens (max_position_embeddings)"
         )

@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("errors", "params", "config", "outputs", "sequence", "plan_types", "events", "request"),
     2: ("blocks", "scheduler", "invariants"),
-    3: ("ops", "quant", "batch", "layers", "models", "loader", "kv_cache"),
+    3: ("ops", "quant", "batch", "layers", "models", "loader", "kv_cache", "process"),
     4: ("sampler", "speculative", "structured", "graphs", "runner"),
     5: ("engine", "tokenizer", "detokenizer", "metrics", "trace"),
     6: (
         "llm", "generation", "channel", "worker", "core", "cache", "monitor", "prompts", "registry", "chat", "plan",
-        "testing", "process",
+        "testing",
     ),
     7: ("notebook", "cli", "bench", "demo", "__main__"),
 }
