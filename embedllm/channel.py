@@ -91,7 +91,7 @@ class Channel:
         self.version = 0
         self.last_read = time.monotonic()
         self.parked = False
-        self.watch: Callable[[], None] = bool  # called once per slice by whoever waits; bool() does nothing
+        self.watch: Callable[[], None] = lambda: None  # called once per slice by whoever waits
         self._waiters: list[Waiter] = []
 
     # ---- the engine's side ------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class Options:
 
 
 def _positive(name: str, value: object, otherwise: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise InvalidRequest(f"{name} must be an integer of at least 1{otherwise}, got {value!r}")
 
 

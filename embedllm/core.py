@@ -7,14 +7,14 @@ Invariant: a Core that exists is ready; if building fails nothing stays allocate
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from embedllm.config import Limits, Options, parse_memory
 from embedllm.engine import Engine
 from embedllm.errors import InvalidRequest, OutOfMemory
-from embedllm.tokenizer import TokenizerProtocol, Tokenizer
+from embedllm.tokenizer import Tokenizer, TokenizerProtocol
 from embedllm.worker import Worker
 
 CPU_SEQUENCES = 64
@@ -31,7 +31,7 @@ class ModelInfo:
     architecture: str
     max_model_len: int
     vocab_size: int
-    chat_template: str | None
+    chat_template: str | Mapping[str, str] | None = field(repr=False)
     device: str
     dtype: str
 

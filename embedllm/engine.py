@@ -209,9 +209,9 @@ class Engine:
         pinned = self.scheduler.num_pinned + num_tokens // limits.block_size
         if pinned > limits.num_blocks // 2:
             raise InvalidRequest(
-                f"{num_tokens} tokens would bring pins to {pinned} of {limits.num_blocks} blocks; at most half may be pinned"
+                f"{num_tokens} tokens would bring pins to {pinned} of {limits.num_blocks} blocks; at most half may be"
             )
-        largest = max((limits.blocks_for(s.max_slots) for s in self.scheduler), default=0)
+        largest = max((limits.blocks_for(s.max_slots) for s in self.scheduler.sequences.values()), default=0)
         if largest > limits.num_blocks - pinned:
             raise InvalidRequest(
                 f"an admitted request may need {largest} blocks and this pin would leave {limits.num_blocks - pinned}; "
@@ -269,7 +269,7 @@ class Engine:
         plan = self.scheduler.plan()
         self._idle_steps = self._idle_steps + 1 if plan is None and self.scheduler.has_work else 0
         if self._idle_steps >= MAX_IDLE_STEPS:
-            raise RuntimeError(f"{self.scheduler.num_unfinished} sequences wait and none can run")
+            raise RuntimeError(f"{len(self.scheduler.sequences)} sequences wait and none can run")
         if plan is not None:
             self.metrics.num_steps += 1
             now = self._clock()

@@ -19,7 +19,7 @@ from embedllm import registry
 from embedllm.cache import Cache
 from embedllm.channel import SLICE, Channel
 from embedllm.config import Options
-from embedllm.core import Core, Memory, ModelInfo, build
+from embedllm.core import Memory, ModelInfo, build
 from embedllm.errors import EmbedLLMError, EngineClosed, InvalidRequest, UnknownOption
 from embedllm.generation import Generation
 from embedllm.metrics import Stats
@@ -144,9 +144,9 @@ class LLM:
         **overrides: Any,
     ) -> Completion:
         """Answer a conversation: messages are dicts with "role" and "content", rendered by the model's template."""
-        if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
+        if not messages or not all(isinstance(message, dict) for message in messages):
             raise InvalidRequest('chat() takes a non-empty list of messages such as {"role": "user", "content": "hi"}')
-        return self.generate(messages, params, tools=tools, **overrides)  # type: ignore[no-any-return]
+        return self.generate(messages, params, tools=tools, **overrides)
 
     def _submit(
         self,

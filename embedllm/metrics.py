@@ -91,7 +91,7 @@ class Metrics:
         self._recent.setdefault(name, deque(maxlen=WINDOW)).append(value)
 
     def summary(self, name: str) -> Summary:
-        return Summary.of(self._counts[name], self._recent.get(name, ()))  # type: ignore[arg-type]
+        return Summary.of(self._counts[name], self._recent.get(name, ()))
 
 
 def snapshot(scheduler: Scheduler, metrics: Metrics) -> Stats:
@@ -102,7 +102,7 @@ def snapshot(scheduler: Scheduler, metrics: Metrics) -> Stats:
     return Stats(
         num_requests_running=len(scheduler.running),
         num_requests_waiting=len(scheduler.waiting),
-        num_requests_parked=sum(s.state is State.PARKED for s in scheduler),
+        num_requests_parked=sum(s.state is State.PARKED for s in scheduler.sequences.values()),
         kv_cache_usage=pool.num_used / pool.num_blocks,
         kv_cache_waste=empty / slots if slots else 0.0,
         num_kv_blocks=pool.num_blocks,
