@@ -111,7 +111,7 @@ class Options:
         for name in ("quantization", "speculative"):
             if getattr(self, name) is not None:
                 raise InvalidRequest(f"{name}={getattr(self, name)!r} is not available yet; leave it None")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise InvalidRequest(f"seed must be an integer from 0 to 2**63-1, got {self.seed!r}")
         if self.kv_cache_memory != "auto":
             parse_memory(self.kv_cache_memory, 1 << 40)  # refused here rather than after the weights are loaded

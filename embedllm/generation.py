@@ -80,15 +80,16 @@ class Generation:
         self._worker.check_caller("wait()")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            while not self.done:
-                seen = self.touch()
+            while True:
+                seen = self.touch()  # before `done`: news that comes between is then seen by the wait
+                if self.done:
+                    return True
                 left = None if deadline is None else deadline - time.monotonic()
-                if not self.done and not self._channel.wait(seen, left):
+                if not self._channel.wait(seen, left):
                     return self.done
         except BaseException:
             self._interrupted()
             raise
-        return True
 
     def touch(self) -> int:
         """Note that somebody follows this request; returns the version of what there is to read."""
@@ -115,10 +116,11 @@ class Generation:
 
     async def _wait(self) -> Completion:
         try:
-            while not self.done:
+            while True:
                 seen = self.touch()
-                if not self.done:
-                    await self._channel.wait_async(seen)
+                if self.done:
+                    break
+                await self._channel.wait_async(seen)
         except BaseException:
             self._interrupted()
             raise
