@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from embedllm.plan_types import UNKNOWN, Entry, Plan
 from embedllm.scheduler import MAX_PREEMPTIONS, Scheduler
 from embedllm.sequence import Sequence, State
 
@@ -26,6 +27,44 @@ def check(scheduler: Scheduler, pinned: Iterable[int] = ()) -> None:
     _check_queues(scheduler)
     for sequence in scheduler.running:
         _check_progress(sequence, scheduler)
+
+
+def check_plan(plan: Plan, scheduler: Scheduler) -> None:
+    """A plan that was just made: within the budget, each entry where its sequence is, each copy into its own block."""
+    limits = scheduler.limits
+    assert plan.num_tokens <= limits.max_batch_tokens, f"{plan.num_tokens} tokens in one step"
+    ids, rows = {entry.sequence_id for entry in plan.entries}, {entry.row for entry in plan.entries}
+    assert len(ids) == len(rows) == len(plan.entries) > 0, "a sequence or a row is in the plan twice, or nobody is"
+    for entry in plan.entries:
+        sequence = scheduler.sequences.get(entry.sequence_id)
+        assert sequence is not None and sequence.state is State.RUNNING, "planned, but not running"
+        assert (entry.row, entry.epoch) == (sequence.row, sequence.epoch), "planned for another row or epoch"
+        assert entry.blocks == sequence.blocks, f"sequence {sequence.id} was given a stale block table"
+        _check_entry(entry, sequence)
+    sequences = {s.id: s for s in scheduler.running}
+    due = [s.copy for e in plan.entries if e.start == (s := sequences[e.sequence_id]).num_computed and s.copy]
+    assert plan.copies == due, f"copies {plan.copies} are planned, {due} are due"
+
+
+def _check_entry(entry: Entry, sequence: Sequence) -> None:
+    end = entry.start + entry.num_tokens
+    assert entry.num_tokens >= 1 and end == sequence.num_computed + sequence.num_in_flight, "it leaves a gap"
+    assert end <= sequence.max_slots, f"sequence {sequence.id} computes KV that nobody will read"
+    num_known = entry.num_tokens - entry.num_draft
+    known = sequence.tokens[entry.start : entry.start + num_known]
+    assert known == [token for token in entry.tokens[:num_known] if token != UNKNOWN], "not its tokens"
+    assert entry.tokens[len(known) : num_known].count(UNKNOWN) == num_known - len(known) <= sequence.num_sampling
+    assert entry.tokens[num_known:] == sequence.draft[: entry.num_draft], "not its draft"
+    reached = entry.start + num_known == len(sequence.tokens) + sequence.num_sampling - (entry.num_logits > 0)
+    assert entry.num_logits == (1 + entry.num_draft if reached else 0), "logits of a token that is known, or none"
+
+
+def check_idle(scheduler: Scheduler, num_held: int = 0) -> None:
+    """Nothing unfinished: everything is back but the `num_held` blocks held from outside."""
+    limits = scheduler.limits
+    assert not scheduler.waiting and not scheduler.running and not scheduler.sequences, "somebody is left"
+    assert len(scheduler.free_rows) == limits.max_num_seqs, "a row is lost"
+    assert scheduler.pool.num_available == limits.num_blocks - num_held, "a block is lost"
 
 
 def _check_writes(scheduler: Scheduler, owners: Counter[int]) -> None:
@@ -46,10 +85,10 @@ def _check_writes(scheduler: Scheduler, owners: Counter[int]) -> None:
 
 
 def _check_queues(scheduler: Scheduler) -> None:
-    everyone = {s.id: s for s in scheduler}
+    everyone = {s.id: s for s in scheduler.sequences.values()}
     rows = [s.row for s in scheduler.running]
     free_rows = scheduler.limits.max_num_seqs - len(set(rows))
-    assert len(set(rows)) == len(rows) and scheduler.num_free_rows == free_rows, "rows are lost or shared"
+    assert len(set(rows)) == len(rows) and len(scheduler.free_rows) == free_rows, "rows are lost or shared"
     for queue, state in ((scheduler.waiting, State.WAITING), (scheduler.running, State.RUNNING)):
         assert all(everyone.get(s.id) is s and s.state is state for s in queue), f"a stranger is {state.value}"
         assert [s.order for s in queue] == sorted(s.order for s in queue), f"{state.value} is out of order"

@@ -9,17 +9,18 @@ Invariant: `invariants.check` holds after every call.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from embedllm import events
-from embedllm.blocks import BlockPool
+from embedllm.blocks import BlockPool, Node
 from embedllm.config import Limits
 from embedllm.events import Recorder
 from embedllm.outputs import FinishReason
 from embedllm.plan_types import Entry, Plan
 from embedllm.sequence import Sequence, State
 
+_BY_ORDER = attrgetter("order")
 MAX_PREEMPTIONS = 4  # a sequence preempted this often comes back only when it can no longer be preempted
 
 
@@ -45,42 +46,26 @@ class Scheduler:
         self.recorder: Recorder | None = None
         self.waiting: list[Sequence] = []  # in order
         self.running: list[Sequence] = []  # in order
+        self.sequences: dict[int, Sequence] = {}  # everything unfinished, by id, in order of arrival
+        self.free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self.num_pinned = 0  # blocks held by pins, never available to sequences
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up
         self.num_prefix_hits = 0  # prompt tokens found
-        self._sequences: dict[int, Sequence] = {}  # everything unfinished, by id
-        self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_plans = 0
-        self._blocked: tuple[int, int] | None = None  # (head of the queue, available blocks when it did not fit)
+        self._blocked: tuple[int, int] | None = None  # (head of the queue, blocks available when it did not fit)
 
     # ---- in and out -------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and adopt its forks. Its size was checked with `Limits.check_fits`."""
-        self._sequences[sequence.id] = sequence
+        self.sequences[sequence.id] = sequence
         for fork in sequence.forks:
-            self._sequences[fork.id] = fork
+            self.sequences[fork.id] = fork
             fork.state = State.UNBORN
         if self.recorder is not None:
             self.recorder.append((events.QUEUE, sequence.id, sequence.num_prompt))
         self._wait(sequence)
-
-    def get(self, sequence_id: int) -> Sequence | None:
-        """The unfinished sequence of this id."""
-        return self._sequences.get(sequence_id)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        """Every unfinished sequence, in order of arrival."""
-        return iter(list(self._sequences.values()))
-
-    @property
-    def num_unfinished(self) -> int:
-        return len(self._sequences)
-
-    @property
-    def num_free_rows(self) -> int:
-        return len(self._rows)
 
     @property
     def has_work(self) -> bool:
@@ -93,7 +78,7 @@ class Scheduler:
         self._leave(sequence)
         sequence.state = State.FINISHED
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        del self._sequences[sequence.id]
+        del self.sequences[sequence.id]
         if self.recorder is not None:
             self.recorder.append((events.FINISH, sequence.id, reason))
         for fork in sequence.forks:  # not born yet: they go their own way
@@ -101,13 +86,10 @@ class Scheduler:
         sequence.forks = []
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks and row; it waits to recompute them."""
-        self._leave(sequence)
+        """Take a running sequence's blocks and row for others; it waits to recompute its KV."""
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        if self.recorder is not None:
-            self.recorder.append((events.PREEMPT, sequence.id))
-        self._wait(sequence)
+        self._recompute(sequence)
 
     def park(self, sequence: Sequence) -> None:
         """Set a waiting or running sequence aside without blocks until `resume`."""
@@ -124,26 +106,40 @@ class Scheduler:
     def recompute_all(self) -> None:
         """After a fault that may have damaged KV: tokens are the truth, every block's content is dropped."""
         for sequence in list(self.running):
-            self.preempt(sequence)
+            self._recompute(sequence)
         self.pool.reset_cache()
+
+    def _recompute(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        if self.recorder is not None:
+            self.recorder.append((events.PREEMPT, sequence.id))
+        self._wait(sequence)
+
+    def successor(self) -> Scheduler:
+        """An empty scheduler with this one's limits, recorder and totals."""
+        new = Scheduler(self.limits)
+        new.recorder = new.pool.recorder = self.recorder
+        new.num_preemptions, new.num_prefix_queries = self.num_preemptions, self.num_prefix_queries
+        new.num_prefix_hits = self.num_prefix_hits
+        return new
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
-        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+        bisect.insort(self.waiting, sequence, key=_BY_ORDER)
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of its queue, with nothing held; whatever is in flight for it becomes stale."""
         if sequence.state is State.RUNNING:
             _remove(self.running, sequence)
-            self._rows.append(sequence.row)
+            self.free_rows.append(sequence.row)
             if sequence.copy is not None:
                 self.pool.release(sequence.copy[:1])
             self.pool.release(sequence.blocks)
+            sequence.forget()
         elif sequence.state is State.WAITING:
             _remove(self.waiting, sequence)
         elif sequence.state is State.UNBORN:
-            next(s for s in self if sequence in s.forks).forks.remove(sequence)
-        sequence.forget()
+            next(s for s in self.sequences.values() if sequence in s.forks).forks.remove(sequence)
 
     # ---- first half: plan -------------------------------------------------------------------------------------
 
@@ -151,101 +147,91 @@ class Scheduler:
         """The next step, or None if nothing can run now.
 
         Sequences that are one token behind come first. What is left of the budget goes in order to those catching
-        up, nobody taking more than half of it while another waits, so a long prompt never stalls a short one.
+        up, nobody taking more than half of it while another waits, so a long prompt never stalls a short one. Drafts
+        are verified with what then is left of budget and memory.
         """
-        limits = self.limits
-        shares: dict[int, int] = {}
+        blocks_for = self.limits.blocks_for
+        shares: dict[Sequence, int] = {}
         behind: list[Sequence] = []
-        budget = limits.max_batch_tokens
         reserved = 0  # blocks the running sequences need to hold what they already know
         for sequence in self.running:
             pending = sequence.num_pending
             if pending <= 0:
                 continue
-            known = sequence.num_computed + sequence.num_in_flight + pending + len(sequence.draft)
-            reserved += max(0, limits.blocks_for(known) - len(sequence.blocks))
-            if pending == 1 and sequence.num_output + sequence.num_sampling > 0:
-                shares[sequence.id] = 1
-                budget -= 1
+            known = len(sequence.tokens) + sequence.num_sampling
+            reserved += max(0, blocks_for(known) - len(sequence.blocks))
+            if pending == 1 and known > sequence.num_prompt:
+                shares[sequence] = 1
             else:
                 behind.append(sequence)
-        budget = self._share_drafts(shares, budget)
-        self._share_catching_up(shares, behind, budget, reserved)
-        entries, copies = self._grant(shares)
-        if not entries:
-            return None
-        self._num_plans += 1
-        return Plan(self._num_plans, entries, copies)
+        budget = self.limits.max_batch_tokens - len(shares)
+        budget = self._share_catching_up(shares, behind, budget, reserved)
+        self._grant(shares)
+        self._add_drafts(shares, budget)
+        return self._launch(shares) if shares else None
 
-    def _share_drafts(self, shares: dict[int, int], budget: int) -> int:
-        """Let verification use spare budget: a draft is computed together with its sequence's last known token."""
-        for sequence in self.running:
-            if sequence.draft and sequence.id in shares and not sequence.num_sampling:
-                room = sequence.max_tokens - sequence.num_output - 1
-                del sequence.draft[max(0, min(room, budget)) :]
-                shares[sequence.id] += len(sequence.draft)
-                budget -= len(sequence.draft)
-        return budget
-
-    def _share_catching_up(self, shares: dict[int, int], behind: list[Sequence], budget: int, reserved: int) -> None:
-        """Hand the rest of the budget to prompts and recomputations, admitting waiting sequences while it lasts."""
+    def _share_catching_up(
+        self, shares: dict[Sequence, int], behind: list[Sequence], budget: int, reserved: int
+    ) -> int:
+        """Hand the rest to those catching up, admitting while it lasts; returns what nobody could use."""
         limits = self.limits
-        members = list(behind)
         i = 0
         while budget > 0:
-            if i == len(members):
+            if i == len(behind):
                 sequence = self._admit(reserved)
                 if sequence is None:
                     break
                 reserved += limits.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-                members.append(sequence)
-            sequence, i = members[i], i + 1
+                behind.append(sequence)
+            sequence, i = behind[i], i + 1
             pending = sequence.num_pending
             if limits.chunked_prefill:
-                alone = i == len(members) and not self.waiting
+                alone = i == len(behind) and not self.waiting
                 share = min(pending, budget if alone else max(budget // 2, min(limits.block_size, budget)))
             else:
-                share = pending  # whole or not at all; the first may take the whole step
+                share = pending  # whole or not at all; the first has the step for itself if it must
                 if i == 1 and pending > budget:
-                    budget += _postpone(shares, pending - budget)
+                    shares.clear()
+                    budget = limits.max_batch_tokens
                 if pending > budget:
                     break
-            shares[sequence.id] = share
+            shares[sequence] = share
             budget -= share
-        for sequence in members[:i]:  # what nobody else could use
-            extra = min(budget, sequence.num_pending - shares.get(sequence.id, sequence.num_pending))
+        for sequence in behind[:i]:  # what nobody else could use
+            extra = min(budget, sequence.num_pending - shares.get(sequence, sequence.num_pending))
             if extra > 0:
-                shares[sequence.id] += extra
+                shares[sequence] += extra
                 budget -= extra
+        return budget
 
     def _admit(self, reserved: int) -> Sequence | None:
         """Take the first waiting sequence into running, if a row and blocks for all it knows are there.
 
         Beyond its own need it must leave one block for everyone running, twice that for each time it was preempted.
         """
-        if not self.waiting or not self._rows:
+        if not self.waiting or not self.free_rows:
             return None
-        sequence = self.waiting[0]
-        pool = self.pool
-        if self._blocked is not None and self.running:
-            blocked_id, available = self._blocked
-            if blocked_id == sequence.id and pool.num_available <= available:
+        sequence, pool = self.waiting[0], self.pool
+        if self.running:
+            if self._blocked == (sequence.id, pool.num_available):
                 return None
-        if not self._may_enter(sequence):
-            return None
-        blocks, node = self._find_prefix(sequence)
+            if max(sequence, self.running[0], key=_BY_ORDER).num_preemptions >= MAX_PREEMPTIONS:
+                return None  # whoever is not the first in order may be preempted, and that one must not be again
+        blocks: list[int] = []
+        node: Node = sequence.salt
+        if self.limits.prefix_caching and (sequence.num_output or not sequence.prompt_logprobs):
+            blocks, node = pool.find(sequence.tokens[:-1], sequence.salt)  # the last one's logits are needed
         needed = self.limits.blocks_for(len(sequence.tokens)) - len(blocks) + pool.num_idle(blocks)
         headroom = len(self.running) << min(sequence.num_preemptions, MAX_PREEMPTIONS)
         if needed + reserved + headroom > pool.num_available:
             self._blocked = (sequence.id, pool.num_available)
             return None
-        self._blocked = None
         del self.waiting[0]
         pool.share(blocks)
         self._enter(sequence, blocks)
         sequence.chain, sequence.num_chained = node, len(blocks)
         sequence.num_computed = len(blocks) * self.limits.block_size
-        if sequence.num_preemptions == 0:
+        if sequence.epoch == 0:
             sequence.num_cached = sequence.num_computed
             self.num_prefix_queries += sequence.num_prompt
             self.num_prefix_hits += sequence.num_computed
@@ -253,60 +239,61 @@ class Scheduler:
             self.recorder.append((events.ADMIT, sequence.id, sequence.row, sequence.num_computed))
         return sequence
 
-    def _may_enter(self, sequence: Sequence) -> bool:
-        """A sequence preempted often enough comes back as the first in order and stays the first until it ends."""
-        if not self.running:
-            return True
-        first = self.running[0]
-        if sequence.order < first.order:
-            return first.num_preemptions < MAX_PREEMPTIONS
-        return sequence.num_preemptions < MAX_PREEMPTIONS
-
-    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], int | str | None]:
-        """Cached blocks for everything but the last token, whose logits are needed."""
-        if not self.limits.prefix_caching or (sequence.prompt_logprobs and sequence.num_output == 0):
-            return [], sequence.salt
-        return self.pool.find(sequence.tokens[:-1], sequence.salt)
-
     def _enter(self, sequence: Sequence, blocks: list[int]) -> None:
         sequence.state = State.RUNNING
-        sequence.row = self._rows.pop()
+        sequence.row = self.free_rows.pop()
         sequence.blocks.extend(blocks)
-        bisect.insort(self.running, sequence, key=lambda s: s.order)
+        bisect.insort(self.running, sequence, key=_BY_ORDER)
 
-    def _grant(self, shares: dict[int, int]) -> tuple[list[Entry], list[tuple[int, int]]]:
-        """Give each share its blocks, first in order first, and write the entries down."""
-        granted: dict[int, Entry] = {}
+    def _grant(self, shares: dict[Sequence, int]) -> None:
+        """Give each share its blocks, first in order first; who is preempted loses its share."""
         for sequence in list(self.running):
-            share = shares.get(sequence.id)
-            if share is None or sequence.state is not State.RUNNING:
+            if sequence not in shares:
                 continue
-            start = sequence.num_computed + sequence.num_in_flight
-            missing = self.limits.blocks_for(start + share) - len(sequence.blocks)
-            while missing > self.pool.num_available and sequence.state is State.RUNNING:
-                victim = self.running[-1]  # the last in order; the first only when it is alone
-                granted.pop(victim.id, None)
+            end = sequence.num_computed + sequence.num_in_flight + shares[sequence]
+            missing = self.limits.blocks_for(end) - len(sequence.blocks)
+            while missing > self.pool.num_available and len(self.running) > 1 and sequence in shares:
+                victim = self.running[-1]  # the last in order, never the first
+                shares.pop(victim, None)
                 self.preempt(victim)
-            if sequence.state is not State.RUNNING:
-                continue
-            for _ in range(missing):
-                sequence.blocks.append(self.pool.allocate())
-            granted[sequence.id] = sequence.entry(share)
-        for entry in granted.values():
-            self._launch(entry)
-        copies = [
-            copy
-            for i, entry in granted.items()
-            if entry.start == self._sequences[i].num_computed
-            if (copy := self._sequences[i].copy) is not None
-        ]
-        return list(granted.values()), copies
+            if missing > self.pool.num_available:
+                shares.pop(sequence, None)  # alone, and what it lacks is still in flight
+            elif sequence in shares:
+                sequence.blocks.extend(self.pool.allocate() for _ in range(missing))
 
-    def _launch(self, entry: Entry) -> None:
-        sequence = self._sequences[entry.sequence_id]
-        sequence.num_in_flight += len(entry.tokens)
-        if entry.num_logits:
-            sequence.num_sampling += 1
+    def _add_drafts(self, shares: dict[Sequence, int], budget: int) -> None:
+        """Let sequences that reach their last known token verify a draft in the same step.
+
+        A draft takes nobody's budget and nobody's memory: what does not fit is dropped.
+        """
+        size = self.limits.block_size
+        for sequence, share in shares.items():
+            if not sequence.draft or sequence.num_sampling or share < sequence.num_pending:
+                continue
+            end = len(sequence.tokens)
+            slots = (len(sequence.blocks) + self.pool.num_available) * size - end
+            room = min(sequence.max_tokens - sequence.num_output - 1, slots, budget)
+            del sequence.draft[max(0, room) :]
+            end += len(sequence.draft)
+            missing = self.limits.blocks_for(end) - len(sequence.blocks)
+            sequence.blocks.extend(self.pool.allocate() for _ in range(missing))
+            shares[sequence] += len(sequence.draft)
+            budget -= len(sequence.draft)
+
+    def _launch(self, shares: dict[Sequence, int]) -> Plan:
+        """Write the plan down: from here on its tokens are in flight."""
+        entries = []
+        copies = []
+        for sequence, share in shares.items():
+            entry = sequence.entry(share)
+            if sequence.copy is not None and not sequence.num_in_flight:
+                copies.append(sequence.copy)
+            sequence.num_in_flight += share
+            if entry.num_logits:
+                sequence.num_sampling += 1
+            entries.append(entry)
+        self._num_plans += 1
+        return Plan(self._num_plans, entries, copies)
 
     # ---- second half: commit or roll back ---------------------------------------------------------------------
 
@@ -318,10 +305,9 @@ class Scheduler:
         """
         progress = []
         for entry, tokens in zip(plan.entries, sampled, strict=True):
-            sequence = self._current(entry)
+            sequence = self._land(entry)
             if sequence is None:
                 continue
-            self._land(sequence, entry)
             num_known = len(entry.tokens) - entry.num_draft
             sequence.num_computed = entry.start + num_known + max(0, len(tokens) - 1)
             if sequence.copy is not None:
@@ -347,19 +333,19 @@ class Scheduler:
     def rollback(self, plan: Plan) -> None:
         """Forget a plan that did not run; the newest in flight first. Blocks it alone needed are returned."""
         for entry in plan.entries:
-            sequence = self._current(entry)
+            sequence = self._land(entry)
             if sequence is not None:
-                self._land(sequence, entry)
                 self._trim(sequence)
 
-    def _current(self, entry: Entry) -> Sequence | None:
-        sequence = self._sequences.get(entry.sequence_id)
-        return sequence if sequence is not None and sequence.epoch == entry.epoch else None
-
-    def _land(self, sequence: Sequence, entry: Entry) -> None:
+    def _land(self, entry: Entry) -> Sequence | None:
+        """The entry's sequence, with the entry no longer in flight; None if it was preempted or ended meanwhile."""
+        sequence = self.sequences.get(entry.sequence_id)
+        if sequence is None or sequence.epoch != entry.epoch:
+            return None
         sequence.num_in_flight -= len(entry.tokens)
         if entry.num_logits:
             sequence.num_sampling -= 1
+        return sequence
 
     def _cache_full_blocks(self, sequence: Sequence) -> None:
         size = self.limits.block_size
@@ -385,7 +371,7 @@ class Scheduler:
         last = parent.num_prompt - 1
         num_whole, inside = divmod(last, self.limits.block_size)
         for fork in parent.forks:
-            if not self._rows or self.pool.num_available <= len(self.running):
+            if not self.free_rows or self.pool.num_available <= len(self.running):
                 self._wait(fork)
                 continue
             whole = parent.blocks[:num_whole]
@@ -402,16 +388,8 @@ class Scheduler:
         parent.forks = []
 
 
-def _postpone(shares: dict[int, int], num_tokens: int) -> int:
-    """Take shares back, the last in order first, until this many tokens are free; returns how many are."""
-    freed = 0
-    while freed < num_tokens and shares:
-        freed += shares.popitem()[1]
-    return freed
-
-
 def _remove(queue: list[Sequence], sequence: Sequence) -> None:
     """Take it out of an ordered queue."""
-    i = bisect.bisect_left(queue, sequence.order, key=lambda s: s.order)
+    i = bisect.bisect_left(queue, sequence.order, key=_BY_ORDER)
     assert queue[i] is sequence
     del queue[i]

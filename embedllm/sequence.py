@@ -45,6 +45,7 @@ class Sequence:
     draft: list[int] = field(default_factory=list)  # guesses to verify in its next step
 
     num_prompt: int = field(init=False)
+    order: tuple[int, int] = field(init=False)  # who goes first: lower priority value, then earlier arrival
     state: State = field(default=State.WAITING, init=False)
     epoch: int = field(default=0, init=False)  # grows when results still in flight become worthless
     row: int = field(default=-1, init=False)
@@ -62,12 +63,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
+        self.order = (self.priority, self.id)
         self.chain = self.salt
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: lower priority value, then earlier arrival."""
-        return (self.priority, self.id)
 
     @property
     def num_output(self) -> int:

@@ -1,0 +1,390 @@
+"""A world in which the policy runs against an exact oracle: scheduler and pool in front of a HashLM, no tensors.
+
+`World` is the scheduler's owner, as the engine is: it plans, runs, commits, aborts, parks, pins, drafts and fails. It
+remembers what it asked for, and after every act it recounts everything and compares every sequence with the tokens
+HashLM gives over a plain list. Freed and fresh blocks are filled with garbage, so a wrong read gives a wrong token.
+"""
+
+import random
+from array import array
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from embedllm import events
+from embedllm.config import Limits
+from embedllm.errors import RequestTooLong
+from embedllm.events import Event
+from embedllm.invariants import check, check_idle, check_plan
+from embedllm.plan_types import Plan
+from embedllm.scheduler import Scheduler
+from embedllm.sequence import Sequence, State
+from embedllm.testing import HashLM, HashRunner
+
+VOCAB = 97
+SHARED = [(7 * i) % 89 for i in range(64)]  # what prompts begin with
+DRAFTERS = ("none", "right", "wrong", "mixed", "overlong")
+
+
+@dataclass
+class Job:
+    """One sample that was asked for, and what must come of it."""
+
+    sequence: Sequence
+    prompt: list[int]
+    expected: list[int]
+    flavour: int  # forks of one request continue differently, as they do with their own seeds
+    cut: bool = False  # aborted or failed: a prefix of what is expected will do
+
+    @property
+    def ended(self) -> bool:
+        return self.sequence.state is State.FINISHED
+
+
+class FlavouredRunner(HashRunner):
+    """HashLM with one hash per flavour, so that the samples of a request part at once."""
+
+    def __init__(self, models: list[HashLM], limits: Limits) -> None:
+        super().__init__(models[0], limits)
+        self.models = models
+        self.flavours: dict[int, int] = {}
+
+    def choose(self, pairs: array, sequence_id: int | None) -> tuple[int, int]:
+        model = self.models[self.flavours[sequence_id]]
+        return model.pick(model.hasher(pairs).digest())
+
+
+@dataclass
+class World:
+    limits: Limits
+    depth: int = 1
+    drafter: str = "none"
+    eos_every: int = 40
+    jobs: list[Job] = field(default_factory=list)
+    pins: list[list[int]] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.models = [HashLM(VOCAB, self.eos_every, seed=i) for i in range(3)]
+        self.runner = FlavouredRunner(self.models, self.limits)
+        self.scheduler = Scheduler(self.limits)
+        self.scheduler.recorder = self.scheduler.pool.recorder = self
+        self.flight: deque[tuple[Plan, list[list[int]]]] = deque()
+        self.random = random.Random(0)  # only for what a mixed drafter guesses
+        self._num_idle_steps = 0
+
+    # ---- what the policy says while it works ------------------------------------------------------------------
+
+    def append(self, event: Event) -> None:
+        self.runner.memory.append(event)
+        name = event[0]
+        self.counts[name] += 1
+        if name == events.ADMIT and event[3]:
+            self._check_hit(self.scheduler.sequences.get(event[1]), event[3])
+        elif name == events.CACHE:
+            self._check_cached(event[1])
+
+    def _check_hit(self, sequence: Sequence, num_cached: int) -> None:
+        """Whoever shares a prefix has the salt of somebody who computed it, and computes at least one token."""
+        self.counts["hit"] += 1
+        assert num_cached < len(sequence.tokens) and num_cached % self.limits.block_size == 0
+        prefix = sequence.tokens[:num_cached]
+        assert any(
+            job.sequence.salt == sequence.salt and job.sequence.tokens[:num_cached] == prefix
+            for job in self.jobs
+            if job.sequence is not sequence or sequence.epoch
+        ), f"sequence {sequence.id} found a prefix that nobody with its salt has computed"
+
+    def _check_cached(self, block: int) -> None:
+        """A findable block holds exactly the tokens it is found by, at consecutive positions."""
+        tokens = self.scheduler.pool.cached_tokens(block)
+        size = self.limits.block_size
+        slots = self.runner.memory.slots[block * size : (block + 1) * size]
+        first = slots[0] & 0xFFFFFFFF
+        assert [slot >> 32 for slot in slots] == list(tokens), f"block {block} is findable by what it does not hold"
+        assert [slot & 0xFFFFFFFF for slot in slots] == list(range(first, first + size)) and first % size == 0
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        salt: str | None = None,
+        stop_ids: tuple[int, ...] = (),
+        prompt_logprobs: bool = False,
+    ) -> list[Job]:
+        """Ask for n samples; refused, with nothing changed, exactly if one could not run alone."""
+        limits, pinned = self.limits, self.scheduler.num_pinned
+        slots = len(prompt) + max_tokens - 1
+        fits = slots < limits.max_model_len and slots <= (limits.num_blocks - pinned) * limits.block_size
+        try:
+            limits.check_fits(len(prompt), max_tokens, pinned)
+        except RequestTooLong:
+            assert not fits
+            self.counts["refused"] += 1
+            return []
+        assert fits
+        new = []
+        for flavour in range(n):
+            sequence = Sequence(
+                len(self.jobs) + flavour,
+                list(prompt),
+                max_tokens,
+                frozenset(self.models[0].eos_ids),
+                frozenset(stop_ids),
+                priority,
+                salt,
+                prompt_logprobs and not flavour,
+            )
+            expected = self.models[flavour].expected(prompt, max_tokens, stop_ids=stop_ids)
+            new.append(Job(sequence, prompt, expected, flavour))
+            self.runner.flavours[sequence.id] = flavour
+        new[0].sequence.forks = [job.sequence for job in new[1:]]
+        self.jobs += new
+        self.scheduler.add(new[0].sequence)
+        self.check()
+        return new
+
+    def abort(self, job: Job) -> None:
+        job.cut = job.cut or not job.ended
+        self.counts["abort " + job.sequence.state.value] += 1
+        self.scheduler.finish(job.sequence, "cancelled")
+        self.check()
+
+    def preempt(self, sequence: Sequence) -> None:
+        """What the scheduler does when memory is short, at any other time; never to the first in order."""
+        if sequence.state is State.RUNNING and sequence is not self.scheduler.running[0]:
+            self.scheduler.preempt(sequence)
+            self.check()
+
+    def park(self, job: Job) -> None:
+        self.counts["park " + job.sequence.state.value] += 1
+        self.scheduler.park(job.sequence)
+        self.check()
+
+    def resume(self, job: Job) -> None:
+        self.scheduler.resume(job.sequence)
+        self.check()
+
+    # ---- the cache --------------------------------------------------------------------------------------------
+
+    def reset_cache(self) -> None:
+        self.scheduler.pool.reset_cache()
+        assert self.scheduler.pool.num_cached == 0
+        self.check()
+
+    def pin(self, job: Job) -> None:
+        """Hold what is cached of a prompt, if whoever was admitted still fits beside it."""
+        blocks, _ = self.scheduler.pool.find(job.prompt, job.sequence.salt)
+        pinned = {block for pin in (*self.pins, blocks) for block in pin}
+        room = self.limits.num_blocks - len(pinned)
+        most = max((self.limits.blocks_for(s.max_slots) for s in self.scheduler.sequences.values()), default=0)
+        if blocks and len(pinned) <= self.limits.num_blocks // 2 and most <= room:
+            self.scheduler.pool.share(blocks)
+            self.pins.append(blocks)
+            self.scheduler.num_pinned = len(pinned)
+            self.counts["pin"] += 1
+            self.check()
+
+    def unpin(self, index: int = 0) -> None:
+        if self.pins:
+            self.scheduler.pool.release(self.pins.pop(index % len(self.pins)))
+            self.scheduler.num_pinned = len({block for pin in self.pins for block in pin})
+            self.check()
+
+    # ---- steps ------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Launch one step if there is something to run, then commit the oldest if no more may be in flight."""
+        plan = None
+        if len(self.flight) < self.depth:
+            self.draft()
+            plan = self.scheduler.plan()
+            if plan is not None:
+                self.launch(plan)
+            self.check()
+        self._check_moves(plan)
+        if self.flight and (plan is None or len(self.flight) >= self.depth):
+            self.commit()
+
+    def launch(self, plan: Plan) -> None:
+        check_plan(plan, self.scheduler)
+        self.counts["copy"] += len(plan.copies)
+        self.counts["chunk"] += sum(1 for entry in plan.entries if not entry.num_logits)
+        self.flight.append((plan, self.runner.sample(plan)))
+
+    def commit(self, failing: int | None = None) -> None:
+        """Commit the oldest step in flight; the entry at `failing` could not be sampled."""
+        plan, sampled = self.flight.popleft()
+        if failing is not None:
+            self._fail(plan, failing)
+        for entry, tokens in zip(plan.entries, sampled, strict=True):
+            sequence = self.scheduler.sequences.get(entry.sequence_id)
+            if sequence is None or sequence.epoch != entry.epoch:
+                self.counts["stale"] += 1
+            elif entry.num_draft:
+                accepted = len(tokens) - 1
+                share = "all" if accepted == entry.num_draft else "some" if accepted else "none"
+                self.counts[f"accepted {share}"] += 1
+        before = {job.sequence.id: len(job.sequence.tokens) for job in self.jobs}
+        for progress in self.scheduler.commit(plan, sampled):
+            sequence = progress.sequence
+            assert sequence.tokens[before[sequence.id] :] == progress.tokens and progress.tokens
+        self.check()
+
+    def _fail(self, plan: Plan, index: int) -> None:
+        sequence = self.scheduler.sequences.get(plan.entries[index % len(plan.entries)].sequence_id)
+        if sequence is not None:
+            self.jobs[sequence.id].cut = True
+            self.counts["fail"] += 1
+            self.scheduler.finish(sequence, "error")
+
+    def roll_back(self) -> None:
+        """A fault: nothing in flight can be trusted."""
+        while self.flight:
+            self.scheduler.rollback(self.flight.pop()[0])
+            self.counts["rollback"] += 1
+            self.check()
+
+    def recompute_all(self) -> None:
+        """A fault that may have damaged KV."""
+        self.counts["recompute"] += 1
+        self.scheduler.recompute_all()
+        for block in range(self.limits.num_blocks):
+            self.runner.memory.poison(block)
+        self.check()
+
+    def draft(self) -> None:
+        """Guess what running sequences with nothing in flight will say."""
+        if self.drafter == "none":
+            return
+        for sequence in self.scheduler.running:
+            if not sequence.num_in_flight and not sequence.draft:
+                sequence.draft = self._guess(self.jobs[sequence.id])
+
+    def _guess(self, job: Job) -> list[int]:
+        done = job.sequence.num_output
+        right = (job.expected + [0] * 8)[done : done + 4]
+        if self.drafter == "wrong":
+            return [(token + 1) % VOCAB for token in right]
+        if self.drafter == "mixed":
+            keep = self.random.randrange(5)
+            return right[:keep] + [self.random.randrange(VOCAB) for _ in right[keep:]]
+        if self.drafter == "overlong":
+            return (job.expected[done:] + [0] * 40)[:40]
+        return right
+
+    def run(self, most: int = 4_000) -> None:
+        """Until nothing is left to do."""
+        for job in self.jobs:
+            self.resume(job)
+        for _ in range(most):
+            if not self.scheduler.sequences and not self.flight:
+                break
+            self.step()
+        else:
+            raise AssertionError(f"not idle after {most} steps: {list(self.scheduler.sequences.values())}")
+        for job in self.jobs:
+            assert job.ended
+        while self.pins:
+            self.unpin()
+        check_idle(self.scheduler)
+        self.reset_cache()
+        assert self.scheduler.pool.num_available == self.limits.num_blocks
+
+    # ---- the truth --------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        check(self.scheduler, [block for pin in self.pins for block in pin])
+        for job in self.jobs:
+            sequence = job.sequence
+            known = job.prompt + job.expected
+            assert sequence.tokens == known[: len(sequence.tokens)], f"sequence {sequence.id} said something else"
+            if sequence.state is State.FINISHED and not job.cut:
+                assert len(sequence.tokens) == len(known), f"sequence {sequence.id} ended early"
+                self._check_end(sequence, known[-1])
+
+    def _check_end(self, sequence: Sequence, last: int) -> None:
+        if last in self.models[0].eos_ids:
+            assert (sequence.finish_reason, sequence.stop_reason) == ("stop", None)
+        elif last in sequence.stop_ids:
+            assert (sequence.finish_reason, sequence.stop_reason) == ("stop", last)
+        else:
+            assert (sequence.finish_reason, sequence.stop_reason) == ("length", None)
+
+    def _check_moves(self, plan: Plan | None) -> None:
+        """With work to do and nothing in flight there is a step to run."""
+        if plan is None and not self.flight and self.scheduler.has_work:
+            raise AssertionError("there is work, nothing is in flight, and nothing is planned")
+
+
+def random_limits(r: random.Random) -> Limits:
+    """Small and tight: preemption, eviction and chunking are the rule."""
+    seqs = r.randint(1, 8)
+    chunked = r.random() < 0.8
+    return Limits(
+        block_size=r.choice([1, 2, 4, 16]),
+        num_blocks=r.randint(3, 40),
+        max_model_len=80,
+        max_num_seqs=seqs,
+        max_batch_tokens=r.randint(seqs, 64) if chunked else r.randint(80, 120),
+        prefix_caching=r.random() < 0.8,
+        chunked_prefill=chunked,
+    )
+
+
+def random_prompt(r: random.Random, longest: int = 48) -> list[int]:
+    return SHARED[: r.randint(0, longest - 8)] + [r.randrange(3) for _ in range(r.randint(1, 8))]
+
+
+def act(world: World, r: random.Random) -> None:
+    """Do one thing that an owner might do."""
+    what = r.random()
+    job = r.choice(world.jobs) if world.jobs else None
+    if what < 0.55:
+        world.step()
+    elif what < 0.72 or job is None:
+        world.add(
+            random_prompt(r),
+            r.randint(1, 20),
+            n=r.choice([1, 1, 2, 3]),
+            priority=r.choice([0, 0, 0, -1, 1]),
+            salt=r.choice([None, None, "a"]),
+            stop_ids=r.choice([(), (), (5, 6, 7, 8)]),
+            prompt_logprobs=r.random() < 0.1,
+        )
+    elif what < 0.76:
+        world.abort(job)
+    elif what < 0.80:
+        world.preempt(job.sequence)
+    elif what < 0.83:
+        world.park(job)
+    elif what < 0.86:
+        world.resume(job)
+    elif what < 0.88:
+        world.reset_cache()
+    elif what < 0.91:
+        world.pin(job)
+    elif what < 0.93:
+        world.unpin(r.randrange(8))
+    elif what < 0.95:
+        world.roll_back()
+    elif what < 0.96 and world.flight:
+        world.commit(failing=r.randrange(8))
+    elif what < 0.97:
+        world.recompute_all()
+    else:
+        world.drafter = r.choice(DRAFTERS)
+
+
+def random_life(seed: int, num_acts: int = 60) -> Counter:
+    """A whole world from its beginning to idle; raises AssertionError where the policy is wrong."""
+    r = random.Random(seed)
+    world = World(random_limits(r), depth=1 + seed % 2, drafter=r.choice(DRAFTERS), eos_every=r.choice([0, 8, 40]))
+    for _ in range(num_acts):
+        act(world, r)
+    world.run()
+    return world.counts
