@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from embedllm.errors import EngineError
-from embedllm.plan_types import UNKNOWN, Plan
+from embedllm.plan_types import UNKNOWN, Entry, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +70,11 @@ def build(plan: Plan, block_size: int, device: str | torch.device = "cpu") -> Ba
     entries = plan.entries
     order = sorted(range(len(entries)), key=lambda i: (len(entries[i].tokens), entries[i].start))
     ran = [entries[i] for i in order]
-    ids: list[int] = []
-    for entry in ran:
-        ids += entry.tokens
-    num_tokens, num_entries = len(ids), len(ran)
-    padded = round_rows(num_tokens)
-    num_blocks = np.array([len(entry.blocks) for entry in ran], np.int32)
-    max_blocks = int(num_blocks.max(initial=1))
     wanted, hidden = _wanted_rows(plan, order)
-
-    sizes = (
+    num_tokens, num_entries = plan.num_tokens, len(ran)
+    padded = round_rows(num_tokens)
+    max_blocks = max((len(entry.blocks) for entry in ran), default=1)
+    sizes = [
         padded,
         padded,
         num_tokens,
@@ -87,30 +83,13 @@ def build(plan: Plan, block_size: int, device: str | torch.device = "cpu") -> Ba
         num_entries,
         len(wanted),
         len(hidden),
-    )
-    ends = np.cumsum(sizes).tolist()
-    packed = np.zeros(ends[-1], np.int32)
-    views = [packed[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    view_ids, positions, slots, flat_tables, query_starts, seq_lens, logit_rows, hidden_rows = views
-
-    view_ids[:num_tokens] = ids
-    if num_tokens and view_ids.min() == UNKNOWN:
-        raise EngineError("the plan has ids that are not known yet; this runner keeps no sampled ids of its own")
-    counts = np.array([len(entry.tokens) for entry in ran], np.int32)
-    starts = np.array([entry.start for entry in ran], np.int32)
-    np.cumsum(counts, out=query_starts[1:])
-    np.add(starts, counts, out=seq_lens)
-    owner = np.repeat(np.arange(num_entries), counts)
-    position = np.arange(num_tokens, dtype=np.int32) + (starts - query_starts[:-1])[owner]
-    positions[:num_tokens] = position
-    tables = flat_tables.reshape(num_entries, max_blocks)
-    tables[np.arange(max_blocks) < num_blocks[:, None]] = np.frombuffer(b"".join([e.blocks for e in ran]), np.int32)
-    slots[:] = tables[owner, position // block_size] * block_size + position % block_size
-    logit_rows[:] = wanted
-    hidden_rows[:] = hidden
-
+    ]
+    packed = np.zeros(sum(sizes), np.int32)
+    views = np.split(packed, np.cumsum(sizes)[:-1])
+    _fill(views, ran, block_size, max_blocks)
+    views[6][:], views[7][:] = wanted, hidden
     buffer = torch.from_numpy(packed).to(device)
-    parts = buffer.split(sizes)
+    parts = torch.split(buffer, sizes)
     return Batch(
         buffer=buffer,
         padded_ids=parts[0],
@@ -122,10 +101,33 @@ def build(plan: Plan, block_size: int, device: str | torch.device = "cpu") -> Ba
         logit_rows=parts[6],
         hidden_rows=parts[7] if hidden else None,
         copies=plan.copies,
-        starts=query_starts.tolist(),
-        lengths=seq_lens.tolist(),
+        starts=views[4].tolist(),
+        lengths=views[5].tolist(),
         num_tokens=num_tokens,
     )
+
+
+def _fill(views: list[NDArray[np.int32]], ran: list[Entry], block_size: int, max_blocks: int) -> None:
+    """Write ids, positions, slots, tables, query starts and lengths: numpy over the step, no loop over its tokens."""
+    ids, positions, slots, flat_tables, query_starts, seq_lens = views[:6]
+    listed: list[int] = []
+    for entry in ran:
+        listed += entry.tokens
+    num_tokens, num_entries = len(listed), len(ran)
+    ids[:num_tokens] = listed
+    if num_tokens and ids.min() == UNKNOWN:
+        raise EngineError("the plan has ids that are not known yet; this runner keeps no sampled ids of its own")
+    counts = np.array([len(entry.tokens) for entry in ran], np.int32)
+    starts = np.array([entry.start for entry in ran], np.int32)
+    np.cumsum(counts, out=query_starts[1:])
+    np.add(starts, counts, out=seq_lens)
+    owner = np.repeat(np.arange(num_entries), counts)
+    position = np.arange(num_tokens, dtype=np.int32) + (starts - query_starts[:-1])[owner]
+    positions[:num_tokens] = position
+    num_blocks = np.array([len(entry.blocks) for entry in ran], np.int32)
+    tables = flat_tables.reshape(num_entries, max_blocks)
+    tables[np.arange(max_blocks) < num_blocks[:, None]] = np.frombuffer(b"".join([e.blocks for e in ran]), np.int32)
+    slots[:] = tables[owner, position // block_size] * block_size + position % block_size
 
 
 def _wanted_rows(plan: Plan, order: list[int]) -> tuple[list[int], list[int]]:

@@ -1,8 +1,9 @@
 """The memory that keys and values live in, and how much of it there may be.
 
 Owns the block-major storage [num_blocks, layers, block_size, width]: one block is one contiguous run of bytes across
-all layers, so saving, moving or copying it is one copy. Knows no sequence: a block is an index. Invariant: nothing is read
-that was not written, so the storage starts uninitialised and the system commits its pages as they are first written.
+all layers, so saving, moving or copying it is one copy. Knows no sequence: a block is an index. Invariant: nothing is
+read that was not written, so the storage starts uninitialised and the system commits its pages as they are first
+written.
 """
 
 from __future__ import annotations

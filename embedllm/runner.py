@@ -22,6 +22,7 @@ from embedllm.errors import EngineClosed
 from embedllm.kv_cache import KVCache
 from embedllm.plan_types import Entry, Plan
 
+MAX_BUDGET = 4_096  # tokens of a step, however fast the machine
 LOGIT_ROWS = 16  # of one slice of prompt logprobs: 16 rows of 151,936 logits are 10 MB
 
 
@@ -65,32 +66,35 @@ class Runner:
             self._kv.copy_blocks(batch.copies)
             hidden = model.forward(batch, self._kv, between_layers)
             asked = None if batch.hidden_rows is None else hidden.index_select(0, batch.hidden_rows)
-            return ModelOutput(model.logits(hidden.index_select(0, batch.logit_rows)), asked)
+            last = hidden.index_select(0, batch.logit_rows)
+        with torch.no_grad():  # users' code gets the logits: an inference tensor would refuse its in-place operations
+            return ModelOutput(model.logits(last), asked)
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits of rows of ModelOutput.hidden, a few rows at a time: float32 [at most LOGIT_ROWS, vocabulary] each."""
         model = self._open()
         for rows in torch.split(hidden, LOGIT_ROWS):
-            with torch.inference_mode():
+            with torch.no_grad():
                 logits = model.logits(rows)
             yield logits
 
     def calibrate(self, target_seconds: float = 0.150) -> int:
         """Most tokens of a step that stays within the target on this machine: a multiple of 16, at least 64.
 
-        Runs a few prompts of made-up tokens through blocks from 0 on, so call it before the first request. It also
-        makes oneDNN generate its kernels for the sizes it runs.
+        Runs prompts of made-up tokens through blocks from 0 on, so call it before the first request. Sizes double until
+        one takes a quarter of the target, and a straight line goes from there: the whole takes less than the target.
         """
-        count, best = 64, (64, 0.0)
-        while count <= 4_096:
-            seconds = min(self._timed(count) for _ in range(2))
-            if seconds > target_seconds:
-                low, fast = best
-                if fast:  # between the last that fits and this one, by a straight line
-                    low += int((count - low) * (target_seconds - fast) / (seconds - fast))
-                return max(64, low // 16 * 16)
-            best, count = (count, seconds), count * 2
-        return 4_096
+        self._timed(64)  # the first run of a size also generates its kernels
+        count = 64
+        while True:
+            seconds = self._timed(count)
+            if seconds >= target_seconds / 4:
+                seconds = min(seconds, self._timed(count))
+            if seconds >= target_seconds / 4 or count >= MAX_BUDGET:
+                break
+            count *= 2
+        fits = int(count * target_seconds / max(seconds, 1e-9))
+        return max(64, min(fits, MAX_BUDGET) // 16 * 16)
 
     def _timed(self, num_tokens: int) -> float:
         """Seconds of one step of `num_tokens` prompt tokens, in as many prompts as the pool's size asks for."""

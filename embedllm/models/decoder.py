@@ -226,7 +226,7 @@ class Decoder:
         if len(block.qk_norm) == 1:
             qk.copy_(ops.rms_norm(qk, block.qk_norm[0], eps))
         elif block.qk_norm:
-            for part, weight in zip(torch.split(flat, (q_size, kv_size, kv_size), 1), block.qk_norm, strict=False):
+            for part, weight in zip(torch.split(flat, [q_size, kv_size, kv_size], 1), block.qk_norm, strict=False):
                 part.copy_(ops.rms_norm(part, weight, eps))
         if spec.rope is not None:
             ops.rotary_(qk, *angles[spec.rope])
