@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from embedllm.config import Limits, Options, parse_memory
 from embedllm.engine import Engine
 from embedllm.errors import InvalidRequest, OutOfMemory
+from embedllm.pace import Pace
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
 from embedllm.worker import Worker
 
 CPU_SEQUENCES = 64
-CUDA_SEQUENCES, CUDA_BATCH_TOKENS = 256, 8_192
+CUDA_SEQUENCES = 256
+BATCH_TOKENS = 8_192  # most per step; on a CPU the pace keeps them to what fits in STEP_SECONDS
 STEP_SECONDS = 0.150  # a CPU step is kept this short, so that Stop is felt and nobody waits long behind a prompt
 
 
@@ -61,6 +63,7 @@ class Core:
         eos_ids: tuple[int, ...],
         runner: Any,
         memory: Callable[[], Memory],
+        pace: Pace | None = None,
     ) -> None:
         self.info = info
         self.limits = limits
@@ -74,6 +77,7 @@ class Core:
             eos_ids=eos_ids,
             logits_of=getattr(runner, "logits", None),
             close=getattr(runner, "close", None),
+            pace=pace,
             debug=bool(os.environ.get("EMBEDLLM_CHECK")),
         )
         self.worker = Worker(engine, info.model)
@@ -164,7 +168,10 @@ def _from_files(model: Any, options: Options) -> Core:
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_batch_tokens=max(_auto(options.max_batch_tokens, CUDA_BATCH_TOKENS), max_model_len),
+        max_batch_tokens=_auto(
+            options.max_batch_tokens,
+            max(BATCH_TOKENS, max_num_seqs, 0 if options.chunked_prefill else max_model_len),
+        ),
         vocab_size=loaded.vocab_size,
         num_input_ids=loaded.num_input_ids,
         prefix_caching=options.prefix_caching,
@@ -172,11 +179,7 @@ def _from_files(model: Any, options: Options) -> Core:
     )
     kv = KVCache(group, num_blocks, options.block_size, device)
     runner = Runner(loaded, kv, limits)
-    if options.max_batch_tokens != "auto":
-        limits = replace(limits, max_batch_tokens=int(options.max_batch_tokens))
-    elif device.type == "cpu":
-        least = max(max_num_seqs, 0 if options.chunked_prefill else max_model_len)
-        limits = replace(limits, max_batch_tokens=max(least, runner.calibrate(STEP_SECONDS)))
+    paced = device.type == "cpu" and options.max_batch_tokens == "auto" and options.chunked_prefill
     info = ModelInfo(
         model=snapshot.name,
         revision=snapshot.revision,
@@ -195,6 +198,7 @@ def _from_files(model: Any, options: Options) -> Core:
         defaults=snapshot.defaults(),
         eos_ids=snapshot.eos_ids,
         runner=runner,
+        pace=Pace(STEP_SECONDS, max_num_seqs, limits.max_batch_tokens) if paced else None,
         memory=lambda: Memory(**sizes, free=free_memory(), note=loaded.note),
     )
 

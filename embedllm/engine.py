@@ -29,6 +29,7 @@ from embedllm.events import Recorder
 from embedllm.invariants import check
 from embedllm.metrics import Metrics, Stats, snapshot
 from embedllm.outputs import FinishReason, Timing, TokenLogprobs, Usage
+from embedllm.pace import Pace
 from embedllm.plan_types import Entry, Plan
 from embedllm.request import Ended, Request, StepOutput, Update
 from embedllm.runner import ModelOutput
@@ -92,6 +93,7 @@ class Engine:
         logits_of: Callable[..., Any] | None = None,
         close: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        pace: Pace | None = None,
         debug: bool = False,
     ) -> None:
         self.limits = limits
@@ -108,6 +110,9 @@ class Engine:
         self._close = close
         self._clock = clock
         self._debug = debug
+        self._pace = pace
+        if pace is not None:
+            self.scheduler.budget = pace.budget
         self._ids = itertools.count()
         self._pin_ids = itertools.count(1)
         self._live: dict[int, _Live] = {}
@@ -279,6 +284,8 @@ class Engine:
             if self.recorder is not None:
                 record_plan(self.recorder, plan)
             self._attempt(plan, retries=1)
+            if self._pace is not None:
+                self.scheduler.budget = self._pace.observe(plan.num_tokens, self._clock() - now)
         if self._debug:
             check(self.scheduler, (block for blocks in self.pins.values() for block in blocks))
         self._start_overs_in_a_row = 0

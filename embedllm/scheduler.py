@@ -43,6 +43,7 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
+        self.budget = limits.max_batch_tokens  # tokens of the next step; may be lowered, not below max_num_seqs
         self.recorder: Recorder | None = None
         self.waiting: list[Sequence] = []  # in order
         self.running: list[Sequence] = []  # in order
@@ -192,7 +193,7 @@ class Scheduler:
                 share = pending  # whole or not at all; the first has the step for itself if it must
                 if i == 1 and pending > budget:
                     shares.clear()
-                    budget = limits.max_batch_tokens
+                    budget = self.budget
                 if pending > budget:
                     break
             shares[sequence] = share

@@ -18,9 +18,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("blocks", "scheduler", "invariants"),
     3: ("ops", "quant", "batch", "layers", "models", "loader", "kv_cache", "process"),
     4: ("sampler", "speculative", "structured", "graphs", "runner"),
-    5: ("engine", "tokenizer", "detokenizer", "metrics", "trace"),
+    5: ("engine", "tokenizer", "detokenizer", "metrics", "trace", "pace"),
     6: (
-        "llm", "generation", "channel", "worker", "core", "cache", "monitor", "prompts", "registry", "chat", "plan",
+        "llm", "generation", "channel", "worker", "core", "cache", "monitor", "prompts", "registry", "chat", "sizing",
         "testing",
     ),
     7: ("notebook", "cli", "bench", "demo", "__main__"),
