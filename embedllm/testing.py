@@ -14,7 +14,8 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from embedllm import events
@@ -22,6 +23,7 @@ from embedllm.config import Limits
 from embedllm.errors import InvalidRequest
 from embedllm.events import Event
 from embedllm.plan_types import UNKNOWN, Entry, Plan
+from embedllm.tokenizer import TokenizerProtocol
 
 if TYPE_CHECKING:
     import torch
@@ -112,26 +114,27 @@ class Runner(ABC):
         self.memory.last[entry.row] = accepted[-1]
         return accepted
 
-    def __call__(self, plan: Plan) -> ModelOutput:
+    def __call__(self, plan: Plan, between_layers: Callable[[], None] | None = None) -> ModelOutput:
         """Run a step: float32 logits [logit positions, vocab_size], in the order of the entries.
 
-        Hidden states, where an entry asks for prompt logprobs, are the logits after each of the plan's tokens.
+        Hidden states of entries that ask for prompt logprobs are the logits after each of their tokens.
         """
         import torch
 
         from embedllm.runner import ModelOutput
 
         self.before_step()
+        if between_layers is not None:
+            between_layers()
         self.memory.write(plan)
         rows: list[torch.Tensor] = []
         hidden: list[torch.Tensor] = []
-        wants_hidden = any(entry.prompt_logprobs for entry in plan.entries)
         for entry in plan.entries:
             end = entry.start + len(entry.tokens)
             pairs = self.memory.read(entry.blocks, end)
             first = end + 1 - entry.num_logits
             wanted = [self._logits(pairs[:n], entry.sequence_id) for n in range(first, end + 1)]
-            if wants_hidden:
+            if entry.prompt_logprobs:
                 hidden += [self._logits(pairs[:n], None) for n in range(entry.start + 1, first)] + wanted
             if wanted:
                 rows += wanted
@@ -147,9 +150,9 @@ class Runner(ABC):
         logits[second], logits[best] = 50.0, 100.0  # sampling at an ordinary temperature always takes the best
         return logits
 
-    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states: here they are the same thing."""
-        return hidden
+    def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits of hidden states, in pieces: here they are the same thing."""
+        yield hidden
 
 
 class HashLM:
@@ -239,6 +242,7 @@ class ScriptedModel:
         if isinstance(replies, str) or (not callable(replies) and not replies):
             raise InvalidRequest(f"replies must be a list of texts or a function, got {replies!r}")
         self.name = "scripted"
+        self.tokenizer = tokenizer
         self.vocab_size: int = tokenizer.vocab_size
         self.max_model_len = max_model_len
         self.eos_ids: tuple[int, ...] = tuple(tokenizer.eos_ids)
@@ -285,18 +289,26 @@ class ScriptRunner(Runner):
             raise RuntimeError(f"step {number} was told to fail")
 
 
-class ByteTokenizer:
+class ByteTokenizer(TokenizerProtocol):
     """One token per UTF-8 byte, and three special ones: <|im_start|> 256, <|im_end|> 257, <|endoftext|> 258 (EOS)."""
 
-    specials = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-    vocab_size = 256 + len(specials)
+    vocab_size = 259
     eos_ids = (258,)
+    special_ids = frozenset((256, 257, 258))
+    control_tokens = MappingProxyType({"<|im_start|>": 256, "<|im_end|>": 257, "<|endoftext|>": 258})
+    chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
 
-    def encode(self, text: str) -> list[int]:
-        """Bytes of the text; special tokens' names stay text."""
-        return list(text.encode("utf-8", "surrogatepass"))
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Bytes of the text; the names of special tokens stay text."""
+        try:
+            return list(text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the text is not valid Unicode at character {error.start}") from error
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
-        names = [b"" if skip_special_tokens else name.encode() for name in self.specials]
-        return b"".join(bytes((i,)) if i < 256 else names[i - 256] for i in ids).decode("utf-8", "replace")
+        special = {i: b"" if skip_special_tokens else name.encode() for name, i in self.control_tokens.items()}
+        return b"".join(bytes((i,)) if i < 256 else special[i] for i in ids).decode(errors="replace")
