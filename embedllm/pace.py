@@ -12,8 +12,8 @@ START = 256
 class Pace:
     """The token budget that keeps a step near `target` seconds.
 
-    A step that took too long shrinks the budget in proportion, to half at most; a step that used the whole budget and
-    was quick lets it grow, to double at most. Steps that had little to do say nothing.
+    A step that took too long shrinks the budget in proportion, to half at most; one that used the whole budget and was
+    quick lets it grow, to double at most. A quick step that had little to do says nothing.
     """
 
     def __init__(self, target: float, least: int, most: int) -> None:
@@ -26,6 +26,6 @@ class Pace:
         """Learn from one step; returns the budget of the next."""
         ratio = self.target / max(seconds, 1e-6)
         if ratio < 1.0 or num_tokens >= self.budget:
-            scaled = int(min(num_tokens, self.budget) * min(2.0, max(0.5, ratio)))
+            scaled = int(self.budget * min(2.0, max(0.5, ratio)))
             self.budget = min(self.most, max(self.least, scaled))
         return self.budget
