@@ -165,7 +165,7 @@ class Scheduler:
                 shares[sequence] = 1
             else:
                 behind.append(sequence)
-        budget = self.limits.max_batch_tokens - len(shares)
+        budget = self.budget - len(shares)
         budget = self._share_catching_up(shares, behind, budget, reserved)
         self._grant(shares)
         self._add_drafts(shares, budget)
