@@ -6,6 +6,7 @@ taken back. Invariant: the pieces, joined, are the decoded output ids, cut at th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,8 +32,9 @@ class TextStream:
 
     decode: ids to text, for any window of ids. fast: makes a `tokenizers` DecodeStream for a context of ids; it
     decodes most tokens in a microsecond, and windows are decoded only when it says nothing for long or gives up.
-    silent: ids without text. byte_of: ids of the <0xNN> tokens of a byte-fallback decoder, which reads a run of them as
-    a whole: a run is held until it ends, or up to MAX_RUN tokens.
+    silent: ids without text. byte_of: the bytes of <0xNN> tokens, of which a decoder reads a run as a whole: all of it
+    is U+FFFD if it is not UTF-8. So a run is held until it ends; one longer than MAX_RUN is read in parts, and only if
+    it turns bad after that does the text differ from `decode`'s.
     """
 
     def __init__(
@@ -53,46 +55,67 @@ class TextStream:
         self._context: list[int] = []  # tokens whose text is out; those before no longer matter
         self._held: list[int] = []  # tokens whose text is not, or not wholly
         self._num_out = 0  # without a stream: characters of the window's text that are out
-        self._run: list[int] = []
+        self._run: list[int] = []  # byte tokens held
+        self._run_is_cut = self._run_is_bad = False
 
     def push(self, token: int) -> str:
         """The text that this token completes, often empty."""
         if token in self._silent:
             return ""
-        if token not in self._byte_of:
-            if not self._run:
-                return self._add([token])
-            run, self._run = self._run, []
-            return self._add(run) + self._add([token])
-        self._run.append(token)
-        if len(self._run) < MAX_RUN:
-            return ""
-        cut = _whole_characters(bytes(self._byte_of[i] for i in self._run))
-        run, self._run = self._run[:cut], self._run[cut:]
-        return self._add(run)
+        if token in self._byte_of:
+            self._run.append(token)
+            return self._cut_run() if self._run_is_bad or len(self._run) >= MAX_RUN else ""
+        if self._run or self._run_is_cut:
+            return self._end_run() + self._add([token])
+        return self._add([token])
 
     def finish(self) -> str:
         """The rest: an incomplete character becomes U+FFFD here and nowhere else."""
-        text = self._add(self._run) if self._run else ""
-        self._run = []
-        if self._held:
-            before = len(self._decode(self._context)) if self._stream is not None else self._num_out
-            text += self._decode(self._context + self._held)[before:]
-            self._held = []
+        return self._end_run() + self._flush()
+
+    def _flush(self) -> str:
+        if not self._held:
+            return ""
+        before = self._num_out if self._stream is None else len(self._decode(self._context))
+        text = self._decode(self._context + self._held)[before:]
+        self._context, self._held = self._context + self._held, []
+        return text
+
+    def _end_run(self) -> str:
+        """The text of what is left of a run that is over."""
+        run, self._run = self._run, []
+        if not self._run_is_cut:
+            return self._add(run) if run else ""
+        # What follows must not join bytes that are out already: as if one bad byte, itself out, came before it.
+        self._run_is_cut = self._run_is_bad = False
+        self._stream, self._context, self._held, self._num_out = None, [], [next(iter(self._byte_of))], 1
+        data = bytes(self._byte_of[i] for i in run)
+        return data.decode() if _complete_part(data) == len(data) else UNFINISHED * len(data)
+
+    def _cut_run(self) -> str:
+        """The complete part of a run too long to be held; from here on it is read by itself, not by `decode`."""
+        text = self._flush()
+        data = bytes(self._byte_of[i] for i in self._run)
+        size = None if self._run_is_bad else _complete_part(data)
+        if size is None:  # nothing that comes can make the run valid
+            self._run_is_bad, size = True, len(data)
+            text += UNFINISHED * size
+        elif self._context or self._run_is_cut:
+            text += data[:size].decode()
+        else:  # the beginning of the output, from which some decoders strip a space
+            text += self._decode(self._run[:size])
+        self._run, self._run_is_cut = self._run[size:], True
         return text
 
     def _add(self, tokens: list[int]) -> str:
+        """The text of these tokens, or of those held and these, as far as it is final."""
         if self._stream is not None:
-            try:
+            with contextlib.suppress(Exception):  # it gives up where text is no extension of what it said before
                 piece = self._stream.step(self._backend, tokens)
-            except Exception:  # a decoder whose text is no extension of what it said before
-                piece = None
-            else:
                 if piece is not None:
-                    self._context = self._held + tokens
-                    self._held = []
+                    self._context, self._held = self._held + tokens, []
                     return str(piece)
-                if len(self._held) + len(tokens) < MAX_HELD:
+                if not self._byte_of and len(self._held) + len(tokens) < MAX_HELD:
                     self._held += tokens
                     return ""
             self._stream = None
@@ -101,16 +124,20 @@ class TextStream:
         return self._add_by_window()
 
     def _add_by_window(self) -> str:
-        """Decode the window of tokens that still matter; all of its text is final but a last U+FFFD."""
+        """Decode the window of tokens that still matter. All its text is final but a last U+FFFD, and with <0xNN>
+        tokens, whose runs come here whole, that too.
+        """
         window = self._context + self._held
         text = self._decode(window)
-        end = len(text) - text.endswith(UNFINISHED)
+        final = bool(self._byte_of) or not text.endswith(UNFINISHED)
+        end = len(text) if final else len(text) - 1
         piece = text[self._num_out : end]
         self._num_out = max(self._num_out, end)
-        if end == len(text):  # a boundary between characters: later text does not depend on what is before
-            self._context, self._held = window[-MAX_HELD:], []
-            self._num_out = len(self._decode(self._context))
-            if self._fast is not None:
+        if final:  # between characters: what follows needs a left neighbour, and no more
+            self._context, self._held = window[-1:] if self._byte_of else window[-MAX_HELD:], []
+            known = self._decode(self._context)
+            self._num_out = len(known)
+            if self._fast is not None and not known.endswith(UNFINISHED):
                 self._stream = self._fast(self._context)
         elif len(window) > 4 * MAX_HELD:  # whatever the last U+FFFD is, it began within the last 3 tokens
             self._context, self._held = [], window[-4:]
@@ -118,16 +145,12 @@ class TextStream:
         return piece
 
 
-def _whole_characters(data: bytes) -> int:
-    """Length of `data` less an incomplete character at its end; all of it if it is not UTF-8 anyway."""
-    for cut in range(len(data), max(len(data) - 4, 0), -1):
-        try:
-            data[:cut].decode()
-        except UnicodeDecodeError as error:
-            if error.end != cut or error.reason != "unexpected end of data":
-                return len(data)
-        else:
-            return cut
+def _complete_part(data: bytes) -> int | None:
+    """Length of `data` less an incomplete character at its end; None if it is not UTF-8 whatever follows."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start if error.reason == "unexpected end of data" else None
     return len(data)
 
 

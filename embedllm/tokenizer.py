@@ -134,8 +134,8 @@ class Tokenizer(TokenizerProtocol):
                 size = len(text.encode())
             except UnicodeEncodeError as error:
                 raise InvalidRequest(
-                    f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}: half a "
-                    "UTF-16 pair, which is no text; remove it, or decode your bytes with errors='replace'"
+                    f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}: "
+                    "half a UTF-16 pair is no text; remove it, or decode your bytes with errors='replace'"
                 ) from None
         if size > self.max_bytes:
             raise InvalidRequest(f"the text has over {size:,} bytes; at most {self.max_bytes:,} are tokenized at once")
