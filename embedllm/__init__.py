@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from embedllm.outputs import Timing as Timing
     from embedllm.outputs import Usage as Usage
     from embedllm.params import SamplingParams as SamplingParams
-    from embedllm.plan import plan as plan
+    from embedllm.sizing import plan as plan
     from embedllm.trace import Trace as Trace
 
 _HOME = {
@@ -43,7 +43,7 @@ _HOME = {
     "Trace": "trace",
     "Usage": "outputs",
     "errors": "",
-    "plan": "plan",
+    "plan": "sizing",
     "testing": "",
 }
 

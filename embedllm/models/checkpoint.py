@@ -45,6 +45,10 @@ class Checkpoint:
     def num_bytes(self) -> int:
         return sum(info.num_bytes for info in self.tensors.values())
 
+    @property
+    def num_values(self) -> int:
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers. Raises ModelFormatError for missing, truncated, inconsistent or foreign files."""

@@ -219,6 +219,19 @@ def load(
         raise UnsupportedModel(f"{error} (and natively: {refusal})") from error
 
 
+def read_config(snapshot: Snapshot, trusted: bool, refusal: UnsupportedModel) -> Any:
+    """The transformers config of a model that the fallback could load, checked as far as a config can tell."""
+    where = str(snapshot.path / "config.json")
+    try:
+        _check_raw(Fields(snapshot.config, where), trusted)
+        config = _read_config(snapshot, trusted)
+        text = config.get_text_config(decoder=True)
+        _check_config(where, text)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error} (and natively: {refusal})") from error
+    return text
+
+
 def _load(
     snapshot: Snapshot, dtype: str | torch.dtype, device: torch.device, max_model_len: int | None, trusted: bool
 ) -> Loaded:
