@@ -162,7 +162,9 @@ class Worker:
     async def _main(self) -> None:
         while not self._stopping:
             self._read_mailbox()
-            if self._engine.has_work and not self._stopping:
+            if self._stopping:
+                break
+            if self._engine.has_work:
                 self._step()
                 await asyncio.sleep(0)
             else:
