@@ -49,6 +49,11 @@ class BlockPool:
     def num_cached(self) -> int:
         return len(self._block_of)
 
+    @property
+    def idle_blocks(self) -> list[int]:
+        """Cached blocks that nobody refers to, the next to be evicted first."""
+        return list(self._idle)
+
     def refs(self, block: int) -> int:
         return self._refs[block]
 
