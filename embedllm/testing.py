@@ -32,19 +32,26 @@ if TYPE_CHECKING:
 
 __all__ = ["ByteTokenizer", "HashLM", "ScriptedModel"]
 
-_GARBAGE = -(2**62)  # no (token, position) pair packs to a negative number
+_GARBAGE = -(2**62)  # nothing that is written is negative
+
+
+def _mix(context: int, token: int, position: int) -> int:
+    """What a slot holds besides its token: 63 bits that depend on everything up to it."""
+    return (context * 0x5851F42D4C957F2D + (token << 32 | position) * 0x14057B7EF767814F + 1) % 2**63
 
 
 class BlockMemory:
-    """A KV cache of (token, position) pairs: what a real one holds, small enough to be checked exactly.
+    """A KV cache small enough to be checked exactly: per slot a (token, position) pair and a digest of its context.
 
-    It is a Recorder: given to `BlockPool.recorder`, it overwrites blocks as they are freed or handed out, so that
-    whoever still reads one, or reads a slot before writing it, gets a wrong answer.
+    Like keys and values, a context depends on what was read through the block table when the slot was written. This is
+    a Recorder: given to `BlockPool.recorder`, it overwrites blocks as they are freed or handed out, so that whoever
+    still reads one, or reads a slot before writing it, gets a wrong answer.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.block_size = limits.block_size
-        self.slots = array("q", [_GARBAGE]) * (limits.num_blocks * limits.block_size)
+        self.pairs = array("q", [_GARBAGE]) * (limits.num_blocks * limits.block_size)  # token << 32 | position
+        self.contexts = self.pairs[:]
         self.last = [UNKNOWN] * limits.max_num_seqs  # the newest token of each row, for steps launched ahead of it
         self._num_poisoned = 0
 
@@ -58,25 +65,32 @@ class BlockMemory:
         self._num_poisoned += 1
         first = block * self.block_size
         for slot in range(first, first + self.block_size):
-            self.slots[slot] = _GARBAGE + self._num_poisoned
+            self.pairs[slot] = self.contexts[slot] = _GARBAGE + self._num_poisoned
 
     def write(self, plan: Plan) -> None:
         """Run the plan's copies, then every entry's writes."""
         size = self.block_size
         for source, destination in plan.copies:
-            copied = self.slots[source * size : (source + 1) * size]
-            self.slots[destination * size : (destination + 1) * size] = copied
+            for slots in (self.pairs, self.contexts):
+                slots[destination * size : (destination + 1) * size] = slots[source * size : (source + 1) * size]
         for entry in plan.entries:
-            for position, token in enumerate(entry.tokens, entry.start):
+            context, position = 0, entry.start
+            if position:
+                before = position - 1
+                context = self.contexts[entry.blocks[before // size] * size + before % size]
+            for token in entry.tokens:
                 known = self.last[entry.row] if token == UNKNOWN else token
-                self.slots[entry.blocks[position // size] * size + position % size] = known << 32 | position
+                context = _mix(context, known, position)
+                slot = entry.blocks[position // size] * size + position % size
+                self.pairs[slot], self.contexts[slot] = known << 32 | position, context
+                position += 1
 
-    def read(self, blocks: Sequence[int], num_tokens: int) -> array[int]:
-        """The first `num_tokens` slots behind a block table, each `token << 32 | position`."""
+    def read(self, slots: array[int], blocks: Sequence[int], num_tokens: int) -> array[int]:
+        """The first `num_tokens` of `pairs` or `contexts` behind a block table."""
         size = self.block_size
         found = array("q")
         for block in blocks[: -(-num_tokens // size)]:
-            found += self.slots[block * size : (block + 1) * size]
+            found += slots[block * size : (block + 1) * size]
         return found[:num_tokens]
 
 
@@ -87,9 +101,14 @@ class Runner(ABC):
         self.vocab_size = vocab_size
         self.memory = BlockMemory(limits)
 
+    @property
     @abstractmethod
-    def choose(self, pairs: array[int], sequence_id: int | None) -> tuple[int, int]:
-        """The best and the second best token after these `token << 32 | position` pairs.
+    def slots(self) -> array[int]:
+        """What of the memory it reads: the pairs or the contexts."""
+
+    @abstractmethod
+    def choose(self, read: array[int], sequence_id: int | None) -> tuple[int, int]:
+        """The best and the second best token after the slots that were read.
 
         The first call with a `sequence_id` sees its prompt; None asks about some position inside a prompt.
         """
@@ -105,10 +124,10 @@ class Runner(ABC):
 
     def _verify(self, entry: Entry) -> list[int]:
         end = entry.start + len(entry.tokens)
-        pairs = self.memory.read(entry.blocks, end)
+        read = self.memory.read(self.slots, entry.blocks, end)
         accepted: list[int] = []
         for num_tokens in range(end - entry.num_draft, end + 1):
-            accepted.append(self.choose(pairs[:num_tokens], entry.sequence_id)[0])
+            accepted.append(self.choose(read[:num_tokens], entry.sequence_id)[0])
             if num_tokens == end or accepted[-1] != entry.tokens[num_tokens - entry.start]:
                 break
         self.memory.last[entry.row] = accepted[-1]
@@ -131,21 +150,21 @@ class Runner(ABC):
         hidden: list[torch.Tensor] = []
         for entry in plan.entries:
             end = entry.start + len(entry.tokens)
-            pairs = self.memory.read(entry.blocks, end)
+            read = self.memory.read(self.slots, entry.blocks, end)
             first = end + 1 - entry.num_logits
-            wanted = [self._logits(pairs[:n], entry.sequence_id) for n in range(first, end + 1)]
+            wanted = [self._logits(read[:n], entry.sequence_id) for n in range(first, end + 1)]
             if entry.prompt_logprobs:
-                hidden += [self._logits(pairs[:n], None) for n in range(entry.start + 1, first)] + wanted
+                hidden += [self._logits(read[:n], None) for n in range(entry.start + 1, first)] + wanted
             if wanted:
                 rows += wanted
                 self.memory.last[entry.row] = int(wanted[-1].argmax())
         empty = torch.empty(0, self.vocab_size)
         return ModelOutput(torch.stack(rows) if rows else empty, torch.stack(hidden) if hidden else None)
 
-    def _logits(self, pairs: array[int], sequence_id: int | None) -> torch.Tensor:
+    def _logits(self, read: array[int], sequence_id: int | None) -> torch.Tensor:
         import torch
 
-        best, second = self.choose(pairs, sequence_id)
+        best, second = self.choose(read, sequence_id)
         logits = torch.zeros(self.vocab_size)
         logits[second], logits[best] = 50.0, 100.0  # sampling at an ordinary temperature always takes the best
         return logits
@@ -156,10 +175,10 @@ class Runner(ABC):
 
 
 class HashLM:
-    """A model whose next token is a hash of all (token, position) pairs it reads through the block table.
+    """A model whose next token is a hash of every slot it reads through the block table.
 
-    A wrong slot, a stale block, a shifted position or a missing token changes everything after it. The last id of
-    the vocabulary is EOS and comes with probability 1 / `eos_every` (0: never).
+    A wrong slot, a stale block, a shifted position, a missing token or another context changes everything after it.
+    The last id of the vocabulary is EOS and comes with probability 1 / `eos_every` (0: never).
     """
 
     def __init__(self, vocab_size: int = 97, eos_every: int = 40, seed: int = 0, max_model_len: int = 2_048) -> None:
@@ -176,9 +195,9 @@ class HashLM:
         """Executes plans within these limits; `runner.memory` can be the pool's recorder."""
         return HashRunner(self, limits)
 
-    def hasher(self, pairs: bytes | array[int] = b"") -> hashlib.blake2b:
-        """The running hash of `token << 32 | position` pairs."""
-        return hashlib.blake2b(pairs, digest_size=16, key=self._key)
+    def hasher(self, contexts: bytes | array[int] = b"") -> hashlib.blake2b:
+        """The running hash of the contexts of all slots."""
+        return hashlib.blake2b(contexts, digest_size=16, key=self._key)
 
     def pick(self, digest: bytes) -> tuple[int, int]:
         """The best and the second best token for a hash."""
@@ -194,16 +213,16 @@ class HashLM:
     ) -> list[int]:
         """The output of a greedy request, in pure Python over the list of tokens."""
         ends = {*stop_ids} if ignore_eos else {*stop_ids, *self.eos_ids}
-        tokens, output = list(prompt), list[int]()
-        state = self.hasher()
-        for position in range(len(tokens) + max_tokens):
-            if position >= len(tokens):
+        tokens = list(prompt)
+        num_prompt, context, state = len(tokens), 0, self.hasher()
+        for position in range(num_prompt + max_tokens):
+            if position == len(tokens):
                 tokens.append(self.pick(state.digest())[0])
-                output.append(tokens[-1])
                 if tokens[-1] in ends:
                     break
-            state.update(array("q", [tokens[position] << 32 | position]))
-        return output
+            context = _mix(context, tokens[position], position)
+            state.update(array("q", [context]))
+        return tokens[num_prompt:]
 
 
 class HashRunner(Runner):
@@ -213,9 +232,14 @@ class HashRunner(Runner):
         super().__init__(model.vocab_size, limits)
         self._model = model
 
-    def choose(self, pairs: array[int], sequence_id: int | None) -> tuple[int, int]:
+    @property
+    def slots(self) -> array[int]:
+        """The contexts."""
+        return self.memory.contexts
+
+    def choose(self, read: array[int], sequence_id: int | None) -> tuple[int, int]:
         """Hash everything."""
-        return self._model.pick(self._model.hasher(pairs).digest())
+        return self._model.pick(self._model.hasher(read).digest())
 
     def before_step(self) -> None:
         """Nothing to wait for."""
@@ -269,16 +293,21 @@ class ScriptRunner(Runner):
         self._num_steps = 0
         self._replies: dict[int, tuple[int, list[int]]] = {}  # sequence id -> length of its prompt, its reply
 
-    def choose(self, pairs: array[int], sequence_id: int | None) -> tuple[int, int]:
+    @property
+    def slots(self) -> array[int]:
+        """The tokens themselves."""
+        return self.memory.pairs
+
+    def choose(self, read: array[int], sequence_id: int | None) -> tuple[int, int]:
         """The reply's next token, then EOS."""
         best = self._model.eos_ids[0]
         if sequence_id is not None:
             if sequence_id not in self._replies:
-                prompt = [pair >> 32 for pair in pairs]
+                prompt = [pair >> 32 for pair in read]
                 self._replies[sequence_id] = (len(prompt), self._model.reply(sequence_id, prompt))
             num_prompt, reply = self._replies[sequence_id]
-            if len(pairs) - num_prompt < len(reply):
-                best = reply[len(pairs) - num_prompt]
+            if len(read) - num_prompt < len(reply):
+                best = reply[len(read) - num_prompt]
         return best, (best + 1) % self.vocab_size
 
     def before_step(self) -> None:

@@ -8,6 +8,7 @@ HashLM gives over a plain list. Freed and fresh blocks are filled with garbage, 
 import random
 from array import array
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from embedllm import events
@@ -48,9 +49,9 @@ class FlavouredRunner(HashRunner):
         self.models = models
         self.flavours: dict[int, int] = {}
 
-    def choose(self, pairs: array, sequence_id: int | None) -> tuple[int, int]:
+    def choose(self, read: array, sequence_id: int | None) -> tuple[int, int]:
         model = self.models[self.flavours[sequence_id]]
-        return model.pick(model.hasher(pairs).digest())
+        return model.pick(model.hasher(read).digest())
 
 
 @dataclass
@@ -70,7 +71,6 @@ class World:
         self.scheduler.recorder = self.scheduler.pool.recorder = self
         self.flight: deque[tuple[Plan, list[list[int]]]] = deque()
         self.random = random.Random(0)  # only for what a mixed drafter guesses
-        self._num_idle_steps = 0
 
     # ---- what the policy says while it works ------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class World:
         """A findable block holds exactly the tokens it is found by, at consecutive positions."""
         tokens = self.scheduler.pool.cached_tokens(block)
         size = self.limits.block_size
-        slots = self.runner.memory.slots[block * size : (block + 1) * size]
+        slots = self.runner.memory.pairs[block * size : (block + 1) * size]
         first = slots[0] & 0xFFFFFFFF
         assert [slot >> 32 for slot in slots] == list(tokens), f"block {block} is findable by what it does not hold"
         assert [slot & 0xFFFFFFFF for slot in slots] == list(range(first, first + size)) and first % size == 0
@@ -148,6 +148,9 @@ class World:
         self.check()
         return new
 
+    def job(self, index: int) -> Job:
+        return self.jobs[index % len(self.jobs)]
+
     def abort(self, job: Job) -> None:
         job.cut = job.cut or not job.ended
         self.counts["abort " + job.sequence.state.value] += 1
@@ -176,9 +179,9 @@ class World:
         assert self.scheduler.pool.num_cached == 0
         self.check()
 
-    def pin(self, job: Job) -> None:
-        """Hold what is cached of a prompt, if whoever was admitted still fits beside it."""
-        blocks, _ = self.scheduler.pool.find(job.prompt, job.sequence.salt)
+    def pin(self, job: Job, first: int = 0) -> None:
+        """Hold what is cached of a prompt from a block on, if whoever was admitted still fits beside it."""
+        blocks = self.scheduler.pool.find(job.prompt, job.sequence.salt)[0][first:]
         pinned = {block for pin in (*self.pins, blocks) for block in pin}
         room = self.limits.num_blocks - len(pinned)
         most = max((self.limits.blocks_for(s.max_slots) for s in self.scheduler.sequences.values()), default=0)
@@ -199,25 +202,34 @@ class World:
 
     def step(self) -> None:
         """Launch one step if there is something to run, then commit the oldest if no more may be in flight."""
-        plan = None
-        if len(self.flight) < self.depth:
-            self.draft()
-            plan = self.scheduler.plan()
-            if plan is not None:
-                self.launch(plan)
-            self.check()
-        self._check_moves(plan)
-        if self.flight and (plan is None or len(self.flight) >= self.depth):
+        if not self.launch() or len(self.flight) >= self.depth:
             self.commit()
 
-    def launch(self, plan: Plan) -> None:
-        check_plan(plan, self.scheduler)
-        self.counts["copy"] += len(plan.copies)
-        self.counts["chunk"] += sum(1 for entry in plan.entries if not entry.num_logits)
-        self.flight.append((plan, self.runner.sample(plan)))
+    def launch(self) -> bool:
+        """Plan and run, if one more step may be in flight and there is something to run."""
+        if len(self.flight) >= self.depth:
+            return False
+        self.draft()
+        first = self.scheduler.running[0] if self.scheduler.running else None
+        before = self.counts[events.ADMIT], self.counts[events.PREEMPT]
+        plan = self.scheduler.plan()
+        after = self.counts[events.ADMIT], self.counts[events.PREEMPT]
+        assert after[0] == before[0] or after[1] == before[1], "one was admitted and another preempted in one plan"
+        assert first is None or first.state is State.RUNNING, "the first in order was preempted"
+        if plan is None:
+            assert self.flight or not self.scheduler.has_work, "work, nothing in flight, and nothing planned"
+        else:
+            check_plan(plan, self.scheduler)
+            self.counts["copy"] += len(plan.copies)
+            self.counts["chunk"] += sum(1 for entry in plan.entries if not entry.num_logits)
+            self.flight.append((plan, self.runner.sample(plan)))
+        self.check()
+        return plan is not None
 
     def commit(self, failing: int | None = None) -> None:
         """Commit the oldest step in flight; the entry at `failing` could not be sampled."""
+        if not self.flight:
+            return
         plan, sampled = self.flight.popleft()
         if failing is not None:
             self._fail(plan, failing)
@@ -315,11 +327,6 @@ class World:
         else:
             assert (sequence.finish_reason, sequence.stop_reason) == ("length", None)
 
-    def _check_moves(self, plan: Plan | None) -> None:
-        """With work to do and nothing in flight there is a step to run."""
-        if plan is None and not self.flight and self.scheduler.has_work:
-            raise AssertionError("there is work, nothing is in flight, and nothing is planned")
-
 
 def random_limits(r: random.Random) -> Limits:
     """Small and tight: preemption, eviction and chunking are the rule."""
@@ -327,7 +334,7 @@ def random_limits(r: random.Random) -> Limits:
     chunked = r.random() < 0.8
     return Limits(
         block_size=r.choice([1, 2, 4, 16]),
-        num_blocks=r.randint(3, 40),
+        num_blocks=r.choice([r.randint(3, 40), r.randint(3, 40), 150]),
         max_model_len=80,
         max_num_seqs=seqs,
         max_batch_tokens=r.randint(seqs, 64) if chunked else r.randint(80, 120),
@@ -337,54 +344,57 @@ def random_limits(r: random.Random) -> Limits:
 
 
 def random_prompt(r: random.Random, longest: int = 48) -> list[int]:
-    return SHARED[: r.randint(0, longest - 8)] + [r.randrange(3) for _ in range(r.randint(1, 8))]
+    """A shared beginning, at times after another first token, and a short tail of few tokens."""
+    prompt = SHARED[: r.randint(1, longest - 8)] + [r.randrange(3) for _ in range(r.randint(0, 8))]
+    return [r.choice([0, 0, 90]), *prompt[1:]]
 
 
-def act(world: World, r: random.Random) -> None:
-    """Do one thing that an owner might do."""
-    what = r.random()
-    job = r.choice(world.jobs) if world.jobs else None
-    if what < 0.55:
-        world.step()
-    elif what < 0.72 or job is None:
-        world.add(
-            random_prompt(r),
-            r.randint(1, 20),
-            n=r.choice([1, 1, 2, 3]),
-            priority=r.choice([0, 0, 0, -1, 1]),
-            salt=r.choice([None, None, "a"]),
-            stop_ids=r.choice([(), (), (5, 6, 7, 8)]),
-            prompt_logprobs=r.random() < 0.1,
-        )
-    elif what < 0.76:
-        world.abort(job)
-    elif what < 0.80:
-        world.preempt(job.sequence)
-    elif what < 0.83:
-        world.park(job)
-    elif what < 0.86:
-        world.resume(job)
-    elif what < 0.88:
-        world.reset_cache()
-    elif what < 0.91:
-        world.pin(job)
-    elif what < 0.93:
-        world.unpin(r.randrange(8))
-    elif what < 0.95:
-        world.roll_back()
-    elif what < 0.96 and world.flight:
-        world.commit(failing=r.randrange(8))
-    elif what < 0.97:
-        world.recompute_all()
-    else:
-        world.drafter = r.choice(DRAFTERS)
+def random_add(world: World, r: random.Random) -> None:
+    world.add(
+        random_prompt(r),
+        r.randint(1, 20),
+        n=r.choice([1, 1, 2, 3]),
+        priority=r.choice([0, 0, 0, -1, 1]),
+        salt=r.choice([None, None, "a"]),
+        stop_ids=r.choice([(), (), (5, 6, 7, 8)]),
+        prompt_logprobs=r.random() < 0.1,
+    )
+
+
+def unluckiest(sequences: list[Sequence]) -> Sequence:
+    return max(sequences, key=lambda sequence: sequence.num_preemptions)
+
+
+ACTS: dict[str, tuple[int, Callable[[World, random.Random, Job], object]]] = {  # how often, and what
+    "step": (24, lambda world, r, job: world.step()),
+    "launch": (6, lambda world, r, job: world.launch()),
+    "commit": (2, lambda world, r, job: world.commit()),
+    "add": (10, lambda world, r, job: random_add(world, r)),
+    "abort": (2, lambda world, r, job: world.abort(job)),
+    "preempt": (4, lambda world, r, job: world.preempt(unluckiest(world.scheduler.running[1:] or [job.sequence]))),
+    "park": (2, lambda world, r, job: world.park(job)),
+    "resume": (2, lambda world, r, job: world.resume(job)),
+    "reset": (1, lambda world, r, job: world.reset_cache()),
+    "pin": (2, lambda world, r, job: world.pin(job, r.choice([0, 0, 1]))),
+    "unpin": (1, lambda world, r, job: world.unpin(r.randrange(8))),
+    "roll back": (1, lambda world, r, job: world.roll_back()),
+    "fail": (1, lambda world, r, job: world.commit(failing=r.randrange(8))),
+    "recompute": (1, lambda world, r, job: world.recompute_all()),
+    "draft": (2, lambda world, r, job: setattr(world, "drafter", r.choice(DRAFTERS))),
+}
+ALWAYS = ("step", "add")
 
 
 def random_life(seed: int, num_acts: int = 60) -> Counter:
-    """A whole world from its beginning to idle; raises AssertionError where the policy is wrong."""
+    """A whole world from its beginning to idle; raises AssertionError where the policy is wrong.
+
+    Each life leaves some acts out and does others more often, so that long runs of one of them happen too.
+    """
     r = random.Random(seed)
     world = World(random_limits(r), depth=1 + seed % 2, drafter=r.choice(DRAFTERS), eos_every=r.choice([0, 8, 40]))
-    for _ in range(num_acts):
-        act(world, r)
+    world.add([1], 3)
+    weights = [weight * (1 if name in ALWAYS else r.choice([0, 1, 1, 3])) for name, (weight, _) in ACTS.items()]
+    for name in r.choices(list(ACTS), weights, k=num_acts):
+        ACTS[name][1](world, r, r.choice(world.jobs))
     world.run()
     return world.counts
