@@ -157,8 +157,8 @@ class BlockPool:
         counted = array("i", bytes(4 * self.num_blocks))
         for block in references:
             counted[block] += 1
-        wrong = [b for b in range(self.num_blocks) if counted[b] != self._refs[b]]
-        if wrong:
+        if counted != self._refs:
+            wrong = [b for b in range(self.num_blocks) if counted[b] != self._refs[b]]
             raise AssertionError(f"reference counts differ: {[(b, self._refs[b], counted[b]) for b in wrong[:8]]}")
         free, idle = set(self._free), set(self._idle)
         used = {b for b in range(self.num_blocks) if self._refs[b] > 0}

@@ -70,6 +70,7 @@ class World:
         self.scheduler = Scheduler(self.limits)
         self.scheduler.recorder = self.scheduler.pool.recorder = self
         self.flight: deque[tuple[Plan, list[list[int]]]] = deque()
+        self._unchecked: list[Job] = []  # until they have ended
         self.random = random.Random(0)  # only for what a mixed drafter guesses
 
     # ---- what the policy says while it works ------------------------------------------------------------------
@@ -144,6 +145,7 @@ class World:
             self.runner.flavours[sequence.id] = flavour
         new[0].sequence.forks = [job.sequence for job in new[1:]]
         self.jobs += new
+        self._unchecked += new
         self.scheduler.add(new[0].sequence)
         self.check()
         return new
@@ -311,13 +313,15 @@ class World:
 
     def check(self) -> None:
         check(self.scheduler, [block for pin in self.pins for block in pin])
-        for job in self.jobs:
+        for job in self._unchecked[:]:
             sequence = job.sequence
             known = job.prompt + job.expected
             assert sequence.tokens == known[: len(sequence.tokens)], f"sequence {sequence.id} said something else"
-            if sequence.state is State.FINISHED and not job.cut:
-                assert len(sequence.tokens) == len(known), f"sequence {sequence.id} ended early"
-                self._check_end(sequence, known[-1])
+            if sequence.state is State.FINISHED:
+                self._unchecked.remove(job)
+                if not job.cut:
+                    assert len(sequence.tokens) == len(known), f"sequence {sequence.id} ended early"
+                    self._check_end(sequence, known[-1])
 
     def _check_end(self, sequence: Sequence, last: int) -> None:
         if last in self.models[0].eos_ids:
