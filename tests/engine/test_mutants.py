@@ -19,6 +19,7 @@ from embedllm.scheduler import Scheduler
 from embedllm.sequence import Sequence
 from embedllm.testing import BlockMemory, Runner
 from tests.engine.policy import random_life
+from tests.unit.test_blocks import pool_life
 
 NUM_LIVES = 240
 
@@ -29,6 +30,7 @@ class Mutant:
     method: Callable[..., Any]
     right: str
     wrong: str
+    life: Callable[[int], Counter] = random_life
 
     def apply(self, patch: pytest.MonkeyPatch) -> None:
         source = textwrap.dedent(inspect.getsource(self.method))
@@ -92,7 +94,9 @@ MUTANTS = [
     Mutant("cached at launch", Scheduler._launch, "entries.append(entry)", "CACHE_AT_LAUNCH"),
     Mutant("cached without what comes before", Scheduler._cache_full_blocks, "sequence.chain, tokens", "None, tokens"),
     Mutant("cached as the tokens beside it", Scheduler._cache_full_blocks, "(i + 1) * size]", "(i + 1) * size + 1]"),
-    Mutant("a node is known by its block", BlockPool.cache, "self._next_node += 1", "self._next_node = block"),
+    Mutant(
+        "a node is known by its block", BlockPool.cache, "self._next_node += 1", "self._next_node = block", pool_life
+    ),
     Mutant("an idle block is shared and evicted", BlockPool.share, "del self._idle[block]", "pass"),
     Mutant("an evicted block is still found", BlockPool.allocate, "self._uncache(block)", "pass"),
     Mutant("a cached block is free", BlockPool._retire, "self._idle[block] = None", "self._free.append(block)"),
@@ -119,8 +123,8 @@ LONG = {
 }
 
 
-def lives() -> Counter:
-    return sum((random_life(seed) for seed in range(NUM_LIVES)), Counter())
+def lives(life: Callable[[int], Counter] = random_life) -> Counter:
+    return sum((life(seed) for seed in range(NUM_LIVES)), Counter())
 
 
 @pytest.mark.slow
@@ -136,5 +140,5 @@ def test_mutant_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> No
     mutant.wrong = LONG.get(mutant.wrong, mutant.wrong)
     mutant.apply(monkeypatch)
     with pytest.raises((AssertionError, LookupError, OverflowError)) as caught:
-        lives()
+        lives(mutant.life)
     print(f"{mutant.name}: {caught.value!r:.120}")
