@@ -11,13 +11,15 @@ written unless the function says "in place", and a row's result does not depend 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 _MASK = 2**64 - 1
 _BLOCK = 64  # ids per block of the two-stage top-k
-_FIRST_WIDTH = 128  # candidates listed before the first look whether they suffice
-_CHUNK = 1 << 18  # elements worked on at a time: 1 MiB of float32 stays in a core's L2
+_FIRST_WIDTH = 128  # candidates listed before the first look whether they suffice; half of it for a small top-k
+_CHUNK = 1 << 17  # elements worked on at a time: half a MiB of float32, several of which stay in a core's cache
 
 
 def fold(key: int, word: int) -> int:
@@ -136,14 +138,19 @@ def draw(logits: Tensor, best: Tensor, temperature: Tensor, words: Tensor, mixed
     best [n]: each row's largest logit, finite. temperature [n] > 0. words [n, 2]. mixed [V]: mix_ids(arange(V)).
     """
     ids = []
-    step = max(1, _CHUNK // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
-    for start in range(0, len(logits), step):
-        part = slice(start, start + step)
+    for part in _chunks(torch.arange(len(logits), device=logits.device), logits.shape[1]):
         scores = logits[part] - best[part, None]
         scores /= temperature[part, None].to(scores.dtype).clamp_(min=1e-30)
         scores += gumbel_noise(mixed[None], words[part], scores.dtype)
         ids.append(argmax_rows(scores)[0])
     return torch.cat(ids)
+
+
+def _chunks(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """`rows` in parts of about _CHUNK elements on a CPU, all at once elsewhere."""
+    step = max(1, _CHUNK // size) if rows.device.type == "cpu" else len(rows)
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
 
 
 def draw_filtered(
@@ -158,14 +165,14 @@ def draw_filtered(
     temperature = temperature.double().clamp(min=1e-30)
     mass = torch.ones_like(temperature)
     top_k = torch.where(top_k < size, top_k, 0)
-    for row in ((top_p < 1) & (top_k == 0)).nonzero()[:, 0].tolist():
-        mass[row] = ((logits[row] - best[row]) / temperature[row].float()).exp_().sum(dtype=torch.float64)
-    todo, width = torch.arange(len(logits), device=logits.device), min(_FIRST_WIDTH, size)
+    for rows in _chunks(((top_p < 1) & (top_k == 0)).nonzero()[:, 0], size):
+        z = (logits[rows] - best[rows, None]) / temperature[rows, None].to(logits.dtype)
+        mass[rows] = z.exp_().sum(1, dtype=torch.float64)
+    small = bool(((top_k > 0) & (top_k < _FIRST_WIDTH // 2 - 8)).all())  # ties with the k-th stay too
+    todo, width = torch.arange(len(logits), device=logits.device), min(_FIRST_WIDTH // (1 + small), size)
     while len(todo):
         again = []
-        step = max(1, (1 << 20) // width)
-        for start in range(0, len(todo), step):
-            part = todo[start : start + step]
+        for part in _chunks(todo, width * 16):
             source = logits if len(part) == len(logits) else logits[part]
             values, ids = top_candidates(source, width)
             z = (values.double() - best[part, None]) / temperature[part, None]
@@ -186,24 +193,20 @@ def logprobs(logits: Tensor, chosen: Tensor, k: int) -> tuple[Tensor, Tensor, Te
 
     Ranks count from 1 in the order (logit descending, id ascending), which is also the order of `ids` [n, k].
     """
-    picked = logits.gather(1, chosen[:, None])
-    norm = logits.logsumexp(1, keepdim=True)
-    lower = torch.arange(logits.shape[1], device=logits.device) < chosen[:, None]
-    rank = 1 + ((logits > picked) | ((logits == picked) & lower)).sum(1)
-    k = min(k, logits.shape[1])
-    if k == 0:
-        empty = logits.new_empty((len(logits), 0))
-        return (picked - norm)[:, 0], rank, empty, empty.to(torch.int64)
-    values, ids = _exact_top(logits, k)
-    return (picked - norm)[:, 0], rank, values - norm, ids
-
-
-def _exact_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest, ties at the edge by id too."""
-    width = min(logits.shape[1], max(64, 2 * k))
+    size = logits.shape[1]
+    k, width = min(k, size), min(size, max(64, 2 * k))
     values, ids = top_candidates(logits, width)
-    tied = values[:, k - 1] == values[:, -1]
-    if width < logits.shape[1] and bool(tied.any()):
-        full_values, full_ids = top_candidates(logits[tied], logits.shape[1])
-        values[tied, :k], ids[tied, :k] = full_values[:, :k], full_ids[:, :k]
-    return values[:, :k], ids[:, :k]
+    if width < size:  # ids that tie with the last one listed are not all known
+        for row in (values[:, max(k - 1, 0)] == values[:, -1]).nonzero()[:, 0].tolist() if k else ():
+            full_values, full_ids = top_candidates(logits[row : row + 1], size)
+            values[row], ids[row] = full_values[0, :width], full_ids[0, :width]
+    picked = logits.gather(1, chosen[:, None])
+    here = ids == chosen[:, None]
+    rank = 1 + here.int().argmax(1)
+    listed = here.any(1) & ((picked[:, 0] > values[:, -1]) | (width == size))
+    for row in (~listed).nonzero()[:, 0].tolist():
+        line, value = logits[row], picked[row]
+        lower = line[: int(chosen[row])]
+        rank[row] = 1 + torch.count_nonzero(line > value) + torch.count_nonzero(lower == value)
+    norm = logits.logsumexp(1, keepdim=True)
+    return (picked - norm)[:, 0], rank, values[:, :k] - norm, ids[:, :k]
