@@ -7,6 +7,7 @@ Invariant: a Core that exists is ready; if building fails nothing stays allocate
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +81,11 @@ class Core:
             pace=pace,
             debug=bool(os.environ.get("EMBEDLLM_CHECK")),
         )
+        self.handles: weakref.WeakSet[Any] = weakref.WeakSet()  # the LLMs that share it
         self.worker = Worker(engine, info.model)
+        # Before the thread runs: whatever happens to whoever asked for this core, the thread ends with it.
+        weakref.finalize(self, self.worker.stop).atexit = False
+        self.worker.start()
 
 
 def build(model: Any, options: Options) -> Core:
@@ -178,7 +183,7 @@ def _from_files(model: Any, options: Options) -> Core:
         chunked_prefill=options.chunked_prefill,
     )
     kv = KVCache(group, num_blocks, options.block_size, device)
-    runner = Runner(loaded, kv, limits)
+    runner = Runner(loaded, kv)
     paced = device.type == "cpu" and options.max_batch_tokens == "auto" and options.chunked_prefill
     info = ModelInfo(
         model=snapshot.name,
@@ -190,6 +195,7 @@ def _from_files(model: Any, options: Options) -> Core:
         device=str(device),
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
+    note = loaded.note  # the function below must not hold the weights
     sizes = {"weights": loaded.num_bytes, "kv_cache": kv.num_bytes, "kv_bytes_per_token": group.bytes_per_token}
     return Core(
         info=info,
@@ -199,7 +205,7 @@ def _from_files(model: Any, options: Options) -> Core:
         eos_ids=snapshot.eos_ids,
         runner=runner,
         pace=Pace(STEP_SECONDS, max_num_seqs, limits.max_batch_tokens) if paced else None,
-        memory=lambda: Memory(**sizes, free=free_memory(), note=loaded.note),
+        memory=lambda: Memory(**sizes, free=free_memory(), note=note),
     )
 
 

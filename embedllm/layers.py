@@ -25,7 +25,7 @@ class MLP:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [tokens, hidden] → [tokens, hidden], plus the residual where one is given."""
-        return self.down(ops.gated_(self.gate_up(x), self.activation), residual)
+        return self.down(ops.gated(self.gate_up(x), self.activation), residual)
 
     @property
     def linears(self) -> list[Linear]:
@@ -72,6 +72,8 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [rows, H] → float32 [rows, vocabulary]."""
         count = len(hidden)
+        if not count:  # a step of prompt chunks only: the head may be a third of all weights
+            return torch.zeros((0, self.linear.shape[0]), device=hidden.device)
         rows = round_rows(count)
         if rows != count:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, rows - count))

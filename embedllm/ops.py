@@ -29,8 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape[-1:], None, eps).mul_(weight).to(x.dtype)
 
 
-def gated_(gate_up: Tensor, activation: str) -> Tensor:
-    """reference.gated. Returns a new tensor; `gate_up` is free to be overwritten."""
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """reference.gated."""
     gate, up = gate_up.chunk(2, -1)
     return activate(gate, activation).mul_(up)
 

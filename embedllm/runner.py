@@ -7,8 +7,6 @@ KV that the plan itself was to write.
 
 from __future__ import annotations
 
-import time
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,12 +15,10 @@ import torch
 from torch import Tensor
 
 from embedllm.batch import Batch, build
-from embedllm.config import Limits
 from embedllm.errors import EngineClosed
 from embedllm.kv_cache import KVCache
-from embedllm.plan_types import Entry, Plan
+from embedllm.plan_types import Plan
 
-MAX_BUDGET = 4_096  # tokens of a step, however fast the machine
 LOGIT_ROWS = 16  # of one slice of prompt logprobs: 16 rows of 151,936 logits are 10 MB
 
 
@@ -49,10 +45,9 @@ class ModelOutput:
 class Runner:
     """One model on one KV cache."""
 
-    def __init__(self, model: Model, kv_cache: KVCache, limits: Limits) -> None:
+    def __init__(self, model: Model, kv_cache: KVCache) -> None:
         self._model: Model | None = model
         self._kv = kv_cache
-        self._limits = limits
 
     @property
     def kv_cache(self) -> KVCache:
@@ -77,38 +72,6 @@ class Runner:
             with torch.no_grad():
                 logits = model.logits(rows)
             yield logits
-
-    def calibrate(self, target_seconds: float = 0.150) -> int:
-        """Most tokens of a step that stays within the target on this machine: a multiple of 16, at least 64.
-
-        Runs prompts of made-up tokens through blocks from 0 on, so call it before the first request. Sizes double until
-        one takes a quarter of the target, and a straight line goes from there: the whole takes less than the target.
-        """
-        self._timed(64)  # the first run of a size also generates its kernels
-        count = 64
-        while True:
-            seconds = self._timed(count)
-            if seconds >= target_seconds / 4:
-                seconds = min(seconds, self._timed(count))
-            if seconds >= target_seconds / 4 or count >= MAX_BUDGET:
-                break
-            count *= 2
-        fits = int(count * target_seconds / max(seconds, 1e-9))
-        return max(64, min(fits, MAX_BUDGET) // 16 * 16)
-
-    def _timed(self, num_tokens: int) -> float:
-        """Seconds of one step of `num_tokens` prompt tokens, in as many prompts as the pool's size asks for."""
-        kv = self._kv
-        longest = min(num_tokens, kv.num_blocks * kv.block_size, self._limits.max_model_len)
-        entries = []
-        for start in range(0, num_tokens, longest):
-            size = min(longest, num_tokens - start)
-            blocks = array("i", range(-(-size // kv.block_size)))
-            entries.append(Entry(-1, 0, 0, 0, [0] * size, 0, 1, blocks))
-        plan = Plan(-1, entries)
-        began = time.perf_counter()
-        self(plan)
-        return time.perf_counter() - began
 
     def close(self) -> None:
         """Drop the model and give the cache's memory back. Idempotent."""

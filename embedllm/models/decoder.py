@@ -93,7 +93,8 @@ class Decoder:
         for name in self._expected:
             if (index := _layer_of(name)) is not None:
                 self._missing[index] += 1
-        self._blocks: list[Block | None] = [None] * config.num_layers
+        self._blocks: dict[int, Block] = {}
+        self._layers: list[Block] = []  # all of them, in order, once finished
         self._embed: Tensor | None = None
         self._norm: Tensor | None = None
         self._head: Head | None = None
@@ -117,8 +118,7 @@ class Decoder:
     @property
     def num_bytes(self) -> int:
         """Bytes the weights take, packed copies included."""
-        blocks = [block for block in self._blocks if block is not None]
-        total = sum(linear.num_bytes for block in blocks for linear in block.linears)
+        total = sum(linear.num_bytes for block in self._blocks.values() for linear in block.linears)
         if self._embed is not None:
             total += self._embed.nbytes
         if self._head is not None and not (self.config.tied and self._head.linear.reason):
@@ -128,8 +128,8 @@ class Decoder:
     @property
     def packing(self) -> str:
         """ "" where every linear weight is packed, else why the first that is not, is not."""
-        blocks = [block for block in self._blocks if block is not None]
-        return next((linear.reason for block in blocks for linear in block.linears if linear.reason), "")
+        linears = (linear for block in self._blocks.values() for linear in block.linears)
+        return next((linear.reason for linear in linears if linear.reason), "")
 
     def expected(self) -> dict[str, Shape]:
         """Every weight that `put` must be given, with its shape."""
@@ -163,6 +163,7 @@ class Decoder:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ModelFormatError(f"{self.config.architecture} lacks {', '.join(missing[:3])}{more}")
         config, take = self.config, _Shelf(self._waiting, "")
+        self._layers = [self._blocks[index] for index in range(config.num_layers)]
         self._embed = take.one("embed.weight")
         self._norm = take.one("norm.weight").float() + config.norm_offset
         head = self._embed if config.tied else take.one("head.weight")
@@ -184,8 +185,7 @@ class Decoder:
         }
         attended = x.new_empty((x.shape[0], config.q_size))
         attended[batch.num_tokens :].zero_()
-        for index, block in enumerate(self._blocks):
-            assert block is not None
+        for index, block in enumerate(self._layers):
             if between_layers is not None:
                 between_layers()
             self._attend(block, index, x, attended, attention, angles, batch.num_tokens)

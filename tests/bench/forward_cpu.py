@@ -14,13 +14,13 @@ from collections import Counter
 
 import torch
 
-from embedllm.config import Limits
 from embedllm.kv_cache import KVCache
 from embedllm.models.decoder import Decoder
 from embedllm.models.shapes import random_weights, shape_config
 from embedllm.plan_types import Entry, Plan
 from embedllm.runner import Runner
 
+NUM_BLOCKS, BLOCK_SIZE = 1_024, 16
 KINDS = {
     "mkldnn::_linear_pointwise": "linear",
     "aten::linear": "linear",
@@ -98,11 +98,10 @@ def main() -> None:
     decoder.finish()
     print(f"{args.shape} {args.dtype} {args.threads} threads, {decoder.num_bytes / 1e6:,.0f} MB of weights,", end=" ")
     print(f"made in {time.perf_counter() - began:.1f} s; packing: {decoder.packing or 'all'}")
-    limits = Limits(num_blocks=1_024)
-    runner = Runner(decoder, KVCache(decoder.kv_group, limits.num_blocks, limits.block_size), limits)
+    runner = Runner(decoder, KVCache(decoder.kv_group, NUM_BLOCKS, BLOCK_SIZE))
     runner.kv_cache.blocks.fill_(0.01)
     for batch in args.batches:
-        plan = decode_plan(batch, args.context, limits.block_size, limits.num_blocks)
+        plan = decode_plan(batch, args.context, BLOCK_SIZE, NUM_BLOCKS)
         least, median = timed(runner, plan, args.runs)
         print(
             f"decode  {batch:4} x context {args.context}: {least * 1e3:7.1f} ms min, {median * 1e3:7.1f} median,",
@@ -112,7 +111,7 @@ def main() -> None:
         if args.profile:
             print("        ms:", profile(runner, plan))
     for tokens in args.prefill:
-        plan = prefill_plan(tokens, limits.block_size)
+        plan = prefill_plan(tokens, BLOCK_SIZE)
         least, median = timed(runner, plan, max(3, args.runs // 3))
         print(f"prefill {tokens:4} tokens: {least * 1e3:7.1f} ms min, {median * 1e3:7.1f} median,", end=" ")
         print(f"{tokens / median:7.0f} tokens/s", flush=True)

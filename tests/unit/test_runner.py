@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from embedllm.batch import Batch
-from embedllm.config import Limits
 from embedllm.errors import EngineClosed, EngineError, ModelFormatError
 from embedllm.kv_cache import KVCache, KVGroup
+from embedllm.layers import Linear
 from embedllm.models.config import ModelConfig
 from embedllm.models.decoder import Decoder
 from embedllm.plan_types import Entry, Plan
@@ -66,7 +66,7 @@ def running(decoder: Decoder, num_blocks: int = 64) -> Runner:
     """A runner on a pool that is NaN wherever nothing was written."""
     kv = KVCache(decoder.kv_group, num_blocks, BLOCK)
     kv.blocks.fill_(torch.nan)
-    return Runner(decoder, kv, Limits(block_size=BLOCK, num_blocks=num_blocks, max_model_len=256))
+    return Runner(decoder, kv)
 
 
 def entry(tokens: list[int], blocks: list[int], start: int = 0, logits: int = 1, **options: object) -> Entry:
@@ -159,10 +159,15 @@ def test_prompt_logprobs_get_hidden_states_and_logits_in_slices() -> None:
     torch.testing.assert_close(torch.cat(slices), alone(decoder, long), atol=1e-4, rtol=1e-4)
 
 
-def test_a_step_without_logits() -> None:
+def test_a_step_without_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = running(make())
+    runs: list[int] = []
+    head = runner._model._head.linear
+    plain = Linear.__call__
+    monkeypatch.setattr(Linear, "__call__", lambda self, *args: (runs.append(self is head), plain(self, *args))[1])
     out = runner(Plan(0, [entry([1, 2, 3], [0], logits=0)]))
     assert out.logits.shape == (0, 97)
+    assert not any(runs), "the head ran for nothing"
     assert runner(Plan(1, [])).logits.shape == (0, 97)
 
 
@@ -249,15 +254,6 @@ def test_close_gives_everything_back() -> None:
         runner(Plan(0, [entry([1], [0])]))
 
 
-def test_calibrate_is_a_multiple_of_16_within_bounds() -> None:
-    runner = running(make())
-    assert runner.calibrate(0.0) == 64
-    budget = runner.calibrate(0.02)
-    assert budget % 16 == 0
-    assert 64 <= budget <= 4_096
-    assert budget >= runner.calibrate(0.002)
-
-
 class Summing:
     """A model that is none of ours: its logits are the sum of the ids so far, kept in the cache it is given."""
 
@@ -280,7 +276,7 @@ def test_any_model_with_forward_and_logits_runs() -> None:
     model = Summing()
     kv = KVCache(model.kv_group, 8, BLOCK)
     kv.blocks.fill_(torch.nan)
-    runner = Runner(model, kv, Limits(block_size=BLOCK, num_blocks=8))
+    runner = Runner(model, kv)
     runner(Plan(0, [entry([1, 2, 3], [6], logits=0)]))
     out = runner(Plan(1, [entry([4, 5], [6, 1], 3, logits=2), entry([7], [2])])).logits
     assert out.flatten().tolist() == [10, 15, 7]
