@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import textwrap
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,10 +108,12 @@ def cut_at_dedent(head: str, continuation: str) -> str:
 
 def parses(function: str) -> bool:
     """Whether Python accepts it."""
-    try:
-        ast.parse(function)
-    except (SyntaxError, ValueError):
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # `1if x` is bad style, not an error
+        try:
+            ast.parse(function)
+        except (SyntaxError, ValueError):
+            return False
     return True
 
 

@@ -110,8 +110,11 @@ class Trainer:
         return self.losses[-1]
 
     def wait_while_paused(self) -> None:
-        while self.run.pause_file is not None and self.run.pause_file.exists():
-            time.sleep(1.0)
+        """Save and sleep while the pause file exists."""
+        if self.run.pause_file is not None and self.run.pause_file.exists():
+            self.save()
+            while self.run.pause_file.exists():
+                time.sleep(1.0)
 
     def train(self, log: Callable[[str], None] = print, max_steps: int | None = None) -> None:
         """Train until the budget is spent, or for some steps."""
