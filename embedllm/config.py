@@ -124,16 +124,21 @@ def _positive(name: str, value: object, otherwise: str = "") -> None:
 
 def parse_memory(value: int | float | str, free: int) -> int:
     """Bytes from an int (bytes), a float in (0, 1) (share of `free`), or a string like "4GiB", "512MB", "50%"."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*", value)
-        if match and match[2] == "%":
-            return parse_memory(float(match[1]) / 100, free)
-        if match and match[2] in _UNITS:
-            return int(float(match[1]) * _UNITS[match[2]])
-    elif isinstance(value, float) and 0.0 < value < 1.0:
-        return int(value * free)
-    elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
+    share: float = 0
+    size: float = 0
+    if isinstance(value, float):
+        share = value
+    elif type(value) is int:
+        size = value
+    elif isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*", value)):
+        if match[2] == "%":
+            share = float(match[1]) / 100
+        elif match[2] in _UNITS:
+            size = float(match[1]) * _UNITS[match[2]]
+    if 0 < share < 1:
+        return int(share * free)
+    if 1 <= size < float("inf"):
+        return int(size)
     raise InvalidRequest(
         f"memory size {value!r} is not understood: use bytes (int), a share of free memory (float between 0 and 1), "
         'or a string such as "4GiB" or "50%"'

@@ -172,8 +172,8 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidRequest(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise InvalidRequest(f"{name} must be a number, got {value!r}")
     if not low <= value <= high or (above and value == low):
         raise InvalidRequest(f"{name}={value!r} is out of range: {'above' if above else 'from'} {low:g} to {high:g}")
 
