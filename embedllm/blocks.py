@@ -131,6 +131,12 @@ class BlockPool:
             self.recorder.append((events.CACHE, block, self._next_node))
         return self._next_node
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Make these blocks, which are in use, findable no more: their content is not to be trusted."""
+        for block in blocks:
+            if block in self._key_of:
+                self._uncache(block)
+
     def reset_cache(self) -> int:
         """Forget every cached content; blocks in use stay in use. Returns how many idle blocks became free."""
         idle = list(self._idle)

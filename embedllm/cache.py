@@ -6,15 +6,19 @@ more than half the pool, and never so much that an admitted request could no lon
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from embedllm.engine import Engine
+from embedllm.errors import EngineClosed, EngineDead, RequestFailed
 from embedllm.worker import Worker
 
 if TYPE_CHECKING:
     from embedllm.generation import Generation
+
+PREFILLS = 3  # times a pin computes its prompt, if others evict it in between
 
 Encode = Callable[[object], list[int]]
 
@@ -60,8 +64,9 @@ class Pin:
         self.num_tokens = num_tokens
 
     def unpin(self) -> None:
-        """Let the blocks be evicted again. Idempotent."""
-        self._worker.call(lambda engine: engine.unpin(self._pin_id))
+        """Let the blocks be evicted again. Idempotent; nothing to do once the engine has ended."""
+        with contextlib.suppress(EngineClosed, EngineDead):
+            self._worker.call(lambda engine: engine.pins.remove(self._pin_id))
 
     def __enter__(self) -> Pin:
         return self
@@ -93,14 +98,21 @@ class Cache:
         """Compute the prompt if needed and keep its full blocks until the pin is undone.
 
         Raises InvalidRequest if pins would take more than half the pool or leave too little for a request that is
-        already admitted.
+        already admitted, or if there is no full block; RequestFailed if the cache evicts faster than it can be pinned.
         """
         tokens = self._encode(prompt)
-        self._worker.call(lambda engine: engine.check_pin(len(tokens)))
-        self._prefill(tokens, cache_salt).result()
-        pin_id, num_blocks = self._worker.call(lambda engine: engine.pin(tokens, cache_salt))
-        size = self._worker.call(lambda engine: engine.limits.block_size)
-        return Pin(self._worker, pin_id, num_blocks, num_blocks * size)
+        self._worker.call(lambda engine: engine.pins.check(tokens, cache_salt))
+        for _ in range(PREFILLS):
+            self._prefill(tokens, cache_salt).result()
+            pin_id, num_blocks, size = self._worker.call(
+                lambda engine: (*engine.pins.add(tokens, cache_salt), engine.limits.block_size)
+            )
+            if pin_id:
+                return Pin(self._worker, pin_id, num_blocks, num_blocks * size)
+        raise RequestFailed(
+            f"the prompt's blocks were evicted {PREFILLS} times before they could be pinned: the cache is too busy; "
+            "pin earlier, or give it more memory"
+        )
 
     def reset(self) -> int:
         """Forget everything nobody uses or pins; returns how many blocks became free."""

@@ -86,7 +86,7 @@ def _copy(engine: Engine) -> Picture:
         block_size=engine.limits.block_size,
         sequences=tuple(SequenceView.of(s) for s in (*scheduler.running, *scheduler.waiting[:MAX_LISTED])),
         idle=scheduler.pool.idle_blocks,
-        pinned=frozenset(block for blocks in engine.pins.values() for block in blocks),
+        pinned=frozenset(engine.pins.references),
         taken=time.monotonic(),
     )
 

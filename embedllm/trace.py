@@ -7,6 +7,7 @@ many of the oldest are gone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,9 @@ class Trace:
         return len(self._ring)
 
     def __iter__(self) -> Iterator[Event]:
-        return iter(list(self._ring))
+        while True:
+            with contextlib.suppress(RuntimeError):  # the engine went on recording meanwhile
+                return iter(list(self._ring))
 
     def steps(self) -> Iterator[list[Event]]:
         """The events grouped by step: each group begins with its "step" event, the first with what came before."""

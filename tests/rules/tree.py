@@ -18,7 +18,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("blocks", "scheduler", "invariants"),
     3: ("ops", "quant", "batch", "layers", "models", "loader", "kv_cache", "process"),
     4: ("sampler", "speculative", "structured", "graphs", "runner"),
-    5: ("engine", "tokenizer", "detokenizer", "metrics", "trace", "pace"),
+    5: ("engine", "faults", "live", "pins", "readout", "tokenizer", "detokenizer", "metrics", "trace", "pace"),
     6: (
         "llm", "generation", "channel", "worker", "core", "cache", "monitor", "prompts", "registry", "chat", "sizing",
         "testing",

@@ -1,0 +1,47 @@
+"""A request while it is in the engine.
+
+Owns what is known of a running request beside its sequences: text state, counts, times. Knows no policy and decides
+nothing. Invariant: a Live that has ended is in no index and holds no blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from embedllm.detokenizer import Detokenizer
+from embedllm.outputs import Timing, TokenLogprobs, Usage
+from embedllm.request import Request
+from embedllm.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sample of a request: its sequence and its text."""
+
+    live: Live
+    index: int
+    sequence: Sequence
+    detokenizer: Detokenizer
+    num_emitted: int = 0  # output tokens handed on; the rest of the sequence's can be made again
+
+
+@dataclass(slots=True)
+class Live:
+    """A request in the engine. Times are monotonic seconds, 0.0 for what has not happened yet."""
+
+    request: Request
+    samples: list[Sample] = field(default_factory=list)
+    num_open: int = 0
+    scheduled: float = 0.0  # first time a step ran it
+    first_token: float = 0.0
+    num_output: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def usage(self) -> Usage:
+        num_cached = self.samples[0].sequence.num_cached if self.samples else 0
+        return Usage(len(self.request.prompt), num_cached, self.num_output)
+
+    def timing(self, now: float) -> Timing:
+        start = self.request.submitted
+        first = self.first_token or now
+        return Timing(queue=(self.scheduled or now) - start, ttft=first - start, decode=now - first, total=now - start)

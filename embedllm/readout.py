@@ -1,0 +1,103 @@
+"""From what the model says to tokens: one sampler row per running sequence, and log-probabilities of prompts.
+
+Owns who is bound to which row of the sampler. Knows requests and logits, no policy and no text. Invariant: a row that
+cannot be read fails alone; what it costs the others is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from embedllm.config import Limits
+from embedllm.live import Sample
+from embedllm.outputs import TokenLogprobs
+from embedllm.plan_types import Entry, Plan
+from embedllm.runner import ModelOutput
+from embedllm.sampler import Sampler
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a step chose: tokens per entry of its plan, log-probabilities and failures by sequence id."""
+
+    tokens: list[list[int]]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    failures: dict[int, BaseException] = field(default_factory=dict)
+
+
+class Readout:
+    """Reads model outputs. `logits_of(hidden)` yields logits of rows of hidden states, some rows at a time."""
+
+    def __init__(self, limits: Limits, eos_ids: Iterable[int], logits_of: Callable[..., Any] | None) -> None:
+        self._sampler = Sampler(limits.max_num_seqs, limits.vocab_size)
+        self._eos_ids = tuple(eos_ids)
+        self._logits_of = logits_of
+        self._bound: list[tuple[int, int] | None] = [None] * limits.max_num_seqs  # row -> (sequence id, epoch)
+
+    def read(self, plan: Plan, output: ModelOutput, samples: Mapping[int, Sample]) -> Reading:
+        """Choose the next token of each entry that has reached its last known one. `samples` are by sequence id."""
+        reading = self._sample(plan, output, samples)
+        if output.hidden is not None:
+            self._read_prompts(plan, output.hidden, samples, reading)
+        return reading
+
+    def _sample(self, plan: Plan, output: ModelOutput, samples: Mapping[int, Sample]) -> Reading:
+        entries = [entry for entry in plan.entries if entry.num_logits]
+        if not entries:
+            return Reading([[] for _ in plan.entries])
+        for entry in entries:
+            self._bind(entry, samples[entry.sequence_id])
+        result = self._sampler.sample(output.logits, [entry.row for entry in entries])
+        tokens = iter(result.tokens)
+        reading = Reading([[next(tokens)] if entry.num_logits else [] for entry in plan.entries])
+        for entry, logprobs in zip(entries, result.logprobs, strict=True):
+            if logprobs is not None:
+                reading.logprobs[entry.sequence_id] = logprobs
+        for index, error in result.failures.items():
+            reading.failures[entries[index].sequence_id] = error
+        return reading
+
+    def _bind(self, entry: Entry, sample: Sample) -> None:
+        """Tell the sampler whose row it is, once per stay in the row."""
+        if self._bound[entry.row] == (entry.sequence_id, entry.epoch):
+            return
+        request = sample.live.request
+        self._sampler.bind(
+            entry.row,
+            request.params,
+            sample.sequence.tokens,
+            len(request.prompt),
+            request.seed,
+            sample.index,
+            self._eos_ids,
+            [list(word) for word in request.bad_words],
+        )
+        self._bound[entry.row] = (entry.sequence_id, entry.epoch)
+
+    def _read_prompts(self, plan: Plan, hidden: Any, samples: Mapping[int, Sample], reading: Reading) -> None:
+        offset = 0
+        for entry in plan.entries:
+            if entry.prompt_logprobs:
+                rows = hidden[offset : offset + entry.num_tokens]
+                offset += entry.num_tokens
+                try:
+                    self._read_prompt(entry, rows, samples[entry.sequence_id])
+                except Exception as error:
+                    reading.failures.setdefault(entry.sequence_id, error)
+
+    def _read_prompt(self, entry: Entry, hidden: Any, sample: Sample) -> None:
+        """The hidden state at position p gives the distribution of the prompt's token p + 1."""
+        live = sample.live
+        prompt, k = live.request.prompt, live.request.params.prompt_logprobs or 0
+        if live.prompt_logprobs is None:
+            live.prompt_logprobs = [None] * len(prompt)
+        if self._logits_of is None:
+            raise RuntimeError("the runner gives hidden states and no logits of them")
+        position = entry.start + 1
+        for logits in self._logits_of(hidden):
+            following = prompt[position : position + len(logits)]
+            found = self._sampler.prompt_logprobs(logits[: len(following)], following, k)
+            live.prompt_logprobs[position : position + len(following)] = found
+            position += len(logits)
