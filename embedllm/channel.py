@@ -11,14 +11,16 @@ import asyncio
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from embedllm.errors import EmbedLLMError, RequestCancelled, RequestFailed
 from embedllm.outputs import Completion, Delta, FinishReason, TokenLogprobs
 from embedllm.request import Ended, Update
 
-SLICE = 0.1  # seconds a wait lasts before it looks again: Ctrl-C and a notebook's Stop are felt this fast
+SLICE = 0.25  # seconds a wait lasts before it looks whether the engine still lives
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ def fire(waiters: Iterable[Waiter]) -> None:
         else:
             by_loop.setdefault(waiter.loop, []).append(waiter)
     for loop, members in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # closed
+        with contextlib.suppress(Exception):  # closed, or not as loops should be: its readers look again by themselves
             loop.call_soon_threadsafe(_fire_each, members)
 
 
@@ -80,18 +82,26 @@ def _fire_each(waiters: list[Waiter]) -> None:
         waiter.fire()
 
 
-class Channel:
-    """The record of one request between the engine and its readers."""
+class Cursor(Protocol):
+    """A reader's place in a record."""
 
-    def __init__(self, request_id: int, num_samples: int, *, foreground: bool) -> None:
+    closed: bool
+
+
+class Channel:
+    """One request's record and the readers waiting for it."""
+
+    def __init__(self, request_id: int, num_samples: int, *, foreground: bool, owner: object = None) -> None:
         self.request_id = request_id
         self.foreground = foreground
+        self.owner = owner  # the LLM the request came from: it stays open until the request has ended
+        self.handle: weakref.ref[object] | None = None  # the Generation; nobody else can ever read this
+        self.cursors: list[weakref.ref[Cursor]] = []  # those that were started
         self.samples = [SampleRecord() for _ in range(num_samples)]
         self.ended: Ended | None = None
         self.version = 0
         self.last_read = time.monotonic()
         self.parked = False
-        self.watch: Callable[[], None] = lambda: None  # called once per slice by whoever waits
         self._waiters: list[Waiter] = []
 
     # ---- the engine's side ------------------------------------------------------------------------------------
@@ -106,7 +116,10 @@ class Channel:
             sample.finish_reason = update.finish_reason
 
     def end(self, ended: Ended) -> None:
-        self.ended = ended
+        """The last word. Whatever comes later is not heard."""
+        if self.ended is None:
+            self.ended = ended
+        self.owner = self.handle = None
 
     def take_waiters(self) -> list[Waiter]:
         """Bump the version and return whoever waited for it, to be fired."""
@@ -114,35 +127,39 @@ class Channel:
         waiters, self._waiters = self._waiters, []
         return waiters
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Nobody can read it any more: the handle is gone, or the last cursor of a foreground request is."""
+        if self.handle is not None and self.handle() is None:
+            return True
+        return self.foreground and bool(self.cursors) and not self.has_readers
+
     # ---- the readers' side ------------------------------------------------------------------------------------
 
-    def wait(self, seen: int, timeout: float | None = None) -> bool:
-        """Block until the version differs from `seen`, in slices; False if `timeout` seconds passed first."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self.version == seen:
-            left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
-            if left <= 0:
-                return False
-            waiter = Waiter(None)
-            self._waiters.append(waiter)
-            if self.version == seen:
-                waiter.wait(left)
-                self._forget(waiter)
-                self.watch()
-        return True
+    @property
+    def has_readers(self) -> bool:
+        """Whether a cursor was started and neither closed nor dropped."""
+        return any(cursor is not None and not cursor.closed for cursor in [ref() for ref in self.cursors])
 
-    async def wait_async(self, seen: int) -> None:
-        """The same without blocking the caller's loop, with a heartbeat so that an interrupt is felt."""
-        loop = asyncio.get_running_loop()
-        while self.version == seen:
-            waiter = Waiter(loop)
-            self._waiters.append(waiter)
-            try:
-                if self.version == seen:
-                    await asyncio.wait({waiter.future}, timeout=SLICE)
-            finally:
-                self._forget(waiter)
-            self.watch()
+    def wait(self, seen: int, timeout: float) -> None:
+        """Block until the version differs from `seen`, for `timeout` seconds at most."""
+        waiter = Waiter(None)
+        self._waiters.append(waiter)
+        try:
+            if self.version == seen:
+                waiter.wait(timeout)
+        finally:
+            self._forget(waiter)
+
+    async def wait_async(self, seen: int, timeout: float) -> None:
+        """The same without blocking the caller's loop."""
+        waiter = Waiter(asyncio.get_running_loop())
+        self._waiters.append(waiter)
+        try:
+            if self.version == seen:
+                await asyncio.wait({waiter.future}, timeout=timeout)
+        finally:
+            self._forget(waiter)
 
     def _forget(self, waiter: Waiter) -> None:
         with contextlib.suppress(ValueError):  # the engine took it already

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from embedllm.channel import Channel
+from embedllm.channel import SLICE, Channel
 from embedllm.outputs import Completion, Delta
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ class Generation:
     Iteration always replays from the first token. All methods may be called from any thread.
     """
 
-    def __init__(self, worker: Worker, channel: Channel, prompt: list[int], keep_alive: object = None) -> None:
+    def __init__(self, worker: Worker, channel: Channel, prompt: list[int]) -> None:
         self._worker = worker
         self._channel = channel
         self._prompt = prompt
-        self._keep_alive = keep_alive  # the LLM the request came from: it stays open while somebody waits
-        self._num_cursors = 0
-        weakref.finalize(self, _dropped, worker, channel).atexit = False
+        request_id = channel.request_id
+        # Not a finalizer of the weakref module: nothing of Python's runs before this callback, where an interrupt that
+        # lands there could lose it.
+        channel.handle = weakref.ref(self, lambda _: worker.cancel(request_id))
 
     # ---- ask --------------------------------------------------------------------------------------------------
 
@@ -63,7 +64,8 @@ class Generation:
 
     def cancel(self) -> None:
         """End the request now; a no-op once it has ended. Returns at once, its blocks are back within one step."""
-        self._worker.cancel(self._channel.request_id)
+        if self._channel.ended is None:
+            self._worker.cancel(self._channel.request_id)
 
     def result(self, timeout: float | None = None) -> Completion:
         """Wait for the completion.
@@ -77,27 +79,27 @@ class Generation:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the request has ended, however; False if `timeout` seconds passed first."""
-        self._worker.check_caller("wait()")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while True:
-                seen = self.touch()  # before `done`: news that comes between is then seen by the wait
+                seen = self._channel.version  # before `done`: news that comes between ends the wait
                 if self.done:
                     return True
-                left = None if deadline is None else deadline - time.monotonic()
-                if not self._channel.wait(seen, left):
-                    return self.done
+                self.touch()
+                left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
+                if left <= 0:
+                    return False
+                self._channel.wait(seen, left)
         except BaseException:
             self._interrupted()
             raise
 
-    def touch(self) -> int:
-        """Note that somebody follows this request; returns the version of what there is to read."""
-        seen = self._channel.version
-        self._channel.last_read = time.monotonic()
-        if self._channel.parked:
-            self._worker.resume(self._channel)
-        return seen
+    def touch(self) -> None:
+        """Note that somebody follows this request, so that it is not set aside as unread.
+
+        Raises EngineReentered on the engine's own thread, EngineForked in a forked child: nothing would ever come.
+        """
+        self._worker.attend(self._channel)
 
     def _interrupted(self) -> None:
         if self._channel.foreground:
@@ -117,10 +119,11 @@ class Generation:
     async def _wait(self) -> Completion:
         try:
             while True:
-                seen = self.touch()
+                seen = self._channel.version
                 if self.done:
                     break
-                await self._channel.wait_async(seen)
+                self.touch()
+                await self._channel.wait_async(seen, SLICE)
         except BaseException:
             self._interrupted()
             raise
@@ -145,28 +148,40 @@ class Generation:
         return self._channel.completion()._repr_html_()
 
 
-def _dropped(worker: Worker, channel: Channel) -> None:
-    if channel.ended is None:
-        worker.cancel(channel.request_id)
-
-
 class _Reading:
-    """Where one reader is: the next piece of each sample, and which samples are read to their end."""
+    """Where one reader is: the next piece of each sample, and which samples are read to their end.
+
+    For one thread or task at a time; others take cursors of their own.
+    """
+
+    closed = False
+    _started = False
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        self._next = [0] * len(generation._channel.samples)
+        self._channel = generation._channel
+        self._next = [0] * len(self._channel.samples)
         self._over: set[int] = set()
-        self._started = self._closed = False
 
     def _start(self) -> None:
         if not self._started:
             self._started = True
-            self._generation._num_cursors += 1
+            self._channel.cursors.append(weakref.ref(self))
+
+    def _look(self) -> tuple[Delta | None, int]:
+        """The next delta there is, or None, and the version to wait on for more. Closes at the end of the record."""
+        channel = self._channel
+        seen, over = channel.version, channel.ended is not None  # before the deltas: the last is written before these
+        if not over:
+            self._generation.touch()
+        delta = self._take()
+        if delta is None and over:
+            channel.raise_error()
+            self.closed = True
+        return delta, seen
 
     def _take(self) -> Delta | None:
-        """The next delta there is, or None."""
-        for index, sample in enumerate(self._generation._channel.samples):
+        for index, sample in enumerate(self._channel.samples):
             if index in self._over:
                 continue
             delta, following = sample.delta(index, self._next[index])
@@ -179,16 +194,16 @@ class _Reading:
 
     def close(self) -> None:
         """Stop reading. The last cursor of a foreground request takes the request with it."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._started:
-            self._generation._num_cursors -= 1
-            if self._generation._num_cursors == 0 and self._generation._channel.foreground:
-                self._generation.cancel()
+        self.closed = True
+        if self._started and self._channel.foreground and not self._channel.has_readers:
+            self._generation.cancel()
 
     def __del__(self) -> None:
-        self.close()
+        try:
+            self.close()
+        except BaseException:  # an interrupt that landed in here
+            self.close()
+            raise
 
 
 class Cursor(_Reading):
@@ -198,24 +213,17 @@ class Cursor(_Reading):
         return self
 
     def __next__(self) -> Delta:
-        generation = self._generation
-        generation._worker.check_caller("iteration")
-        self._start()
         try:
-            while not self._closed:
-                seen = generation.touch()
-                over = generation.done  # looked at before the deltas: the last one is written before it
-                delta = self._take()
+            self._start()
+            while not self.closed:
+                delta, seen = self._look()
                 if delta is not None:
                     return delta
-                if over:
-                    generation._channel.raise_error()
-                    break
-                generation._channel.wait(seen)
+                if not self.closed:
+                    self._channel.wait(seen, SLICE)
         except BaseException:
             self.close()
             raise
-        self.close()
         raise StopIteration
 
     def __enter__(self) -> Cursor:
@@ -232,23 +240,17 @@ class AsyncCursor(_Reading):
         return self
 
     async def __anext__(self) -> Delta:
-        generation = self._generation
-        self._start()
         try:
-            while not self._closed:
-                seen = generation.touch()
-                over = generation.done  # looked at before the deltas: the last one is written before it
-                delta = self._take()
+            self._start()
+            while not self.closed:
+                delta, seen = self._look()
                 if delta is not None:
                     return delta
-                if over:
-                    generation._channel.raise_error()
-                    break
-                await generation._channel.wait_async(seen)
+                if not self.closed:
+                    await self._channel.wait_async(seen, SLICE)
         except BaseException:
             self.close()
             raise
-        self.close()
         raise StopAsyncIteration
 
     async def aclose(self) -> None:

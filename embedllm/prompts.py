@@ -24,6 +24,10 @@ class PromptEncoder:
         self._num_input_ids = num_input_ids
 
     @property
+    def has_no_text(self) -> bool:
+        return self._codec is None
+
+    @property
     def text(self) -> TokenizerProtocol:
         """The tokenizer; InvalidRequest where the model has none."""
         if self._codec is None:

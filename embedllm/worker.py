@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import queue
@@ -17,17 +18,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
-from embedllm.channel import Channel, fire
-from embedllm.engine import Engine, StepStopped
-from embedllm.errors import EngineClosed, EngineDead, EngineForked, EngineReentered
+from embedllm.channel import SLICE, Channel, fire
+from embedllm.engine import Engine
+from embedllm.errors import EngineClosed, EngineDead, EngineForked, EngineReentered, QueueFull, RequestFailed
+from embedllm.faults import StepStopped, let_go
 from embedllm.outputs import Timing, Usage
 from embedllm.request import Ended, Request, StepOutput
 
-READER_PATIENCE = 30.0  # seconds a foreground request may have unread tokens before it gives its blocks back
-STALLED, DEAD = 30.0, 120.0  # seconds without a step's end: then a warning with the stack, then EngineDead
+READER_PATIENCE = 30.0  # seconds a foreground request may go unread before it gives its blocks back
+SWEEP_SECONDS = 1.0  # between two looks for readers that went away
+STALLED, DEAD = 30.0, 120.0  # seconds without a sign of life: then a warning with the stack, then EngineDead
 JOIN_TIMEOUT = 2.0
 
 log = logging.getLogger("embedllm")
@@ -35,24 +37,40 @@ T = TypeVar("T")
 
 
 class Worker:
-    """Runs an engine. All methods but the private ones may be called from any thread."""
+    """Runs an engine once started. All methods but the private ones may be called from any thread."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine
         self._mailbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._channels: dict[int, Channel] = {}
+        self._ids = itertools.count(1)
         self._error: Exception | None = None  # why no more requests are taken
         self._pid = os.getpid()
-        self._loop = asyncio.SelectorEventLoop()
+        self._loop: asyncio.SelectorEventLoop | None = None
         self._wake = asyncio.Event()
-        self._stopping = False
-        self._stepping = False
+        self._stopping = False  # asked to end
+        self._awake = False  # doing something, so `last_beat` should move
+        self._gone = False  # nobody reads the mailbox any more
         self._warned = False
-        self._next_reader_check = 0.0
+        self._next_sweep = 0.0
         self._thread = threading.Thread(target=self._run, name=f"embedllm-{name}", daemon=True)
-        self._thread.start()
+
+    def start(self) -> None:
+        """Start the thread. It ends after `stop`. Raises RuntimeError if the system gives no thread."""
+        self._loop = asyncio.SelectorEventLoop()
+        self._loop.set_debug(False)  # whatever PYTHONASYNCIODEBUG says of the program's own loops
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._loop.close()
+            raise
 
     # ---- any thread -------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._error is None and not self._stopping and os.getpid() == self._pid
 
     def check_caller(self, what: str) -> None:
         """Raises where waiting for the engine would wait for ever: on its own thread, or after fork()."""
@@ -64,103 +82,182 @@ class Worker:
         if threading.get_ident() == self._thread.ident:
             raise EngineReentered(f"{what} would wait for the engine from inside its own thread (in a callback)")
 
-    def submit(self, request: Request, channel: Channel) -> None:
-        """Queue a validated request. Raises EngineClosed, EngineDead or EngineForked."""
-        self.check_alive()
-        channel.watch = self.watch
-
-        def take() -> None:
-            if self._error is not None:
-                self._refuse(channel)
-                return
-            self._channels[request.id] = channel
-            self._engine.submit(request)
-
-        self._post(take)
-
-    def cancel(self, request_id: int) -> None:
-        """End a request. Safe from finalizers: it neither blocks nor raises."""
-        self._post(lambda: self._engine.cancel(request_id))
-
-    def resume(self, channel: Channel) -> None:
-        """Somebody reads a parked request again."""
-
-        def resume() -> None:
-            channel.parked = False
-            self._engine.resume(channel.request_id)
-
-        self._post(resume)
-
-    def call(self, function: Callable[[Engine], T], timeout: float | None = None) -> T:
-        """Run a function on the engine between two steps and return its result."""
-        self.check_caller("this call")
-        self.check_alive()
-        answer: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                if self._error is not None:
-                    raise type(self._error)(*self._error.args)
-                answer.set_result(function(self._engine))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        self._post(run)
-        return answer.result(timeout)
-
     def check_alive(self) -> None:
+        """Raises EngineForked, EngineDead with its first cause, or EngineClosed."""
         if os.getpid() != self._pid:
             self.check_caller("")
         error = self._error
         if error is not None:
             raise type(error)(*error.args) from error.__cause__
 
-    def close(self, timeout: float = JOIN_TIMEOUT) -> None:
-        """End every request as cancelled and stop the thread; waits up to `timeout` seconds for the step in flight.
+    def new_id(self) -> int:
+        """An id no other request of this engine has."""
+        return next(self._ids)
 
-        Idempotent. Called from the engine's own thread (a finalizer) it only asks.
+    @property
+    def num_pinned(self) -> int:
+        """Blocks that pins hold right now."""
+        return self._engine.scheduler.num_pinned
+
+    def submit(self, request: Request, channel: Channel) -> None:
+        """Queue a validated request, or queue nothing and raise QueueFull, EngineClosed, EngineDead or EngineForked."""
+        self.check_alive()
+        limits = self._engine.limits
+        if len(self._channels) + self._mailbox.qsize() >= limits.max_queued + limits.max_num_seqs:
+            raise QueueFull(f"{limits.max_queued} requests wait already, which is the limit: wait for some to finish")
+
+        def take() -> None:
+            if self._error is not None:
+                self._refuse(channel)
+            elif not channel.is_abandoned:
+                self._channels[request.id] = channel
+                self._engine.submit(request)
+
+        self._post(take)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request. Safe from finalizers: it neither blocks nor raises."""
+        if os.getpid() == self._pid:
+            self._engine.cancel_asked.add(request_id)
+            self._post(lambda: self._engine.cancel(request_id) if self._error is None else None)
+
+    def cancel_all_of(self, owner: object) -> None:
+        """End every request submitted so far that came from this owner."""
+
+        def cancel() -> None:
+            for request_id, channel in list(self._channels.items()):
+                if channel.owner is owner and self._error is None:
+                    self._engine.cancel(request_id)
+
+        self._post(cancel)
+
+    def attend(self, channel: Channel) -> None:
+        """Called by readers before each slice of a wait: the request is followed, and the engine should show life.
+
+        There is no watchdog thread: whoever waits is the watchdog. Raises EngineForked and EngineReentered.
         """
-        if os.getpid() != self._pid:
-            return
-        self._engine.stop_asked = True
-        self._post(self._stop)
-        if threading.get_ident() != self._thread.ident:
-            self._thread.join(timeout)
+        self.check_caller("waiting")
+        channel.last_read = time.monotonic()
+        if channel.parked:
+            self._post(lambda: self._resume(channel))
+        self._look_for_life()
+        if self._gone and self._error is not None and channel.ended is None:
+            self._refuse(channel)
 
-    def watch(self) -> None:
-        """Called now and then by whoever waits: notices a step that makes no progress. The watchdog is the waiters."""
-        if not self._stepping:
+    def call(self, function: Callable[[Engine], T], timeout: float | None = None) -> T:
+        """Run a function on the engine between two steps and return its result.
+
+        Raises what the function raises, TimeoutError after `timeout` seconds, and as `check_caller` and `check_alive`.
+        """
+        self.check_caller("this call")
+        self.check_alive()
+        # Not a Future: its lock, left behind by an interrupt, would stop the engine's thread.
+        answer: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                self.check_alive()
+                answer.put((function(self._engine), None))
+            except BaseException as error:
+                answer.put((None, let_go(error)))
+
+        self._post(run)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
+            try:
+                value, error = answer.get(timeout=max(0.0, left))
+            except queue.Empty:
+                if left <= 0:
+                    raise TimeoutError(f"the engine did not answer within {timeout} s") from None
+                self._look_for_life()
+                self.check_alive()
+            else:
+                if error is not None:
+                    raise error
+                return value  # type: ignore[return-value]  # without an error there is a value
+
+    def stop(self) -> None:
+        """Ask the thread to end every request and itself. Safe from finalizers: it neither blocks nor raises."""
+        if os.getpid() == self._pid:
+            self._stopping = self._engine.stop_asked = True
+            self._post(lambda: None)
+
+    def join(self, timeout: float = JOIN_TIMEOUT) -> bool:
+        """Wait for a stopped thread to end and give its memory back; False if that takes over `timeout` seconds."""
+        if os.getpid() == self._pid and self._thread.ident not in (None, threading.get_ident()):
+            self._thread.join(timeout)
+            return not self._thread.is_alive()
+        return True
+
+    def _look_for_life(self) -> None:
+        """Notice a thread that makes no progress, or is no more."""
+        if self._gone or not self._awake:
             return
         stuck = time.monotonic() - self._engine.last_beat
-        if stuck > DEAD and self._error is None:
-            self._error = EngineDead(f"the engine made no progress for {stuck:.0f} s")
+        if stuck > DEAD or not self._thread.is_alive():
+            self._error = self._error or EngineDead(f"the engine made no progress for {stuck:.0f} s")
+            self._gone = True
             for channel in list(self._channels.values()):
                 self._refuse(channel)
+            self._read_mailbox()
         elif stuck > STALLED and not self._warned:
             self._warned = True
             frame = sys._current_frames().get(self._thread.ident or 0)
             stack = "".join(traceback.format_stack(frame)) if frame is not None else "no stack"
             log.warning("the engine made no progress for %.0f s; it is in:\n%s", stuck, stack)
 
-    @property
-    def alive(self) -> bool:
-        return self._error is None and os.getpid() == self._pid
-
     def _post(self, message: Callable[[], None]) -> None:
+        if os.getpid() != self._pid:
+            return
         self._mailbox.put(message)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-            self._loop.call_soon_threadsafe(self._wake.set)
+        if self._gone:
+            self._read_mailbox()
+        elif self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # closed: the thread reads the mailbox once more after that
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    def _read_mailbox(self) -> None:
+        """Run what was posted: on the engine's thread, or on anybody's once that is gone and everything is refused."""
+        for _ in range(self._mailbox.qsize()):
+            try:
+                message = self._mailbox.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                message()
+            except Exception as error:
+                if not self._gone:
+                    self._engine.start_over(error)
+
+    def _refuse(self, channel: Channel) -> None:
+        channel.end(Ended(channel.request_id, Usage(), Timing(), None, self._error))
+        fire(channel.take_waiters())
 
     # ---- the engine's thread ----------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        assert self._loop is not None
+        error: Exception = EngineClosed("this LLM was closed")
         try:
             self._loop.run_until_complete(self._main())
-        finally:
-            self._loop.close()
+        except EngineDead as dead:
+            error = dead
+        except BaseException as fault:  # nobody planned for it
+            error = EngineDead(f"the engine failed: {fault!r}")
+            error.__cause__ = fault
+        let_go(error)
+        if not isinstance(error, EngineClosed):
+            log.error("the engine is dead", exc_info=error)
+        self._end(error)
+        self._loop.close()
+        self._gone = True
+        self._read_mailbox()
 
     async def _main(self) -> None:
-        while not self._stopping:
+        while True:
+            self._awake = True
+            self._engine.last_beat = time.monotonic()
             self._read_mailbox()
             if self._stopping:
                 break
@@ -169,35 +266,18 @@ class Worker:
                 await asyncio.sleep(0)
             else:
                 await self._sleep()
-        self._shut(EngineClosed("this LLM was closed"))
-        self._engine.close()
-
-    def _read_mailbox(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._mailbox.get_nowait()()
+        self._read_mailbox()  # what was cancelled before the end is cancelled, not closed
 
     def _step(self) -> None:
-        self._engine.last_beat = time.monotonic()
-        self._stepping = True
         try:
             output = self._engine.step()
         except StepStopped:
             return
-        except BaseException as error:  # EngineDead, or something nobody planned for
-            dead = error if isinstance(error, EngineDead) else EngineDead(f"the engine failed: {error!r}")
-            dead.__cause__ = error.__cause__ if dead is error else error
-            log.error("engine dead", exc_info=error)
-            self._shut(dead)
-            return
-        finally:
-            self._stepping = False
         if self._error is not None:  # given up by whoever waited for this step
-            self._shut(self._error)
-            return
+            raise self._error
         self._deliver(output)
-        if time.monotonic() >= self._next_reader_check:
-            self._park_unread()
+        if time.monotonic() >= self._next_sweep:
+            self._sweep()
 
     async def _sleep(self) -> None:
         """Until a message comes or a deadline passes. An idle engine uses no CPU."""
@@ -206,8 +286,11 @@ class Worker:
             return
         deadline = self._engine.next_deadline
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        self._awake = False
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._wake.wait(), timeout)
+        self._awake = True
+        self._engine.last_beat = time.monotonic()
         if deadline is not None and time.monotonic() >= deadline:
             self._step()  # the engine ends what has expired
 
@@ -216,35 +299,49 @@ class Worker:
         touched: dict[int, Channel] = {}
         for update in output.updates:
             channel = self._channels.get(update.request_id)
-            if channel is not None and channel.ended is None:
-                channel.push(update)
+            if channel is not None:
+                try:
+                    channel.push(update)
+                except Exception as error:
+                    self._lose(channel, error)
                 touched[update.request_id] = channel
         for ended in output.ended:
             channel = self._channels.pop(ended.request_id, None)
-            if channel is not None and channel.ended is None:
+            if channel is not None:
                 channel.end(ended)
                 touched[ended.request_id] = channel
         waiters = [waiter for channel in touched.values() for waiter in channel.take_waiters()]
         if waiters:
             fire(waiters)
 
-    def _park_unread(self) -> None:
-        """A foreground request whose reader went away keeps its tokens and gives its blocks back for now."""
-        now = time.monotonic()
-        self._next_reader_check = now + 1.0
-        for channel in self._channels.values():
-            if channel.foreground and not channel.parked and now - channel.last_read > READER_PATIENCE:
-                channel.parked = True
-                self._engine.park(channel.request_id)
+    def _lose(self, channel: Channel, error: Exception) -> None:
+        """What a request says cannot be written down: it ends here."""
+        failed = RequestFailed(f"request {channel.request_id} failed: {error!r}")
+        failed.__cause__ = let_go(error)
+        del self._channels[channel.request_id]
+        channel.end(Ended(channel.request_id, Usage(), Timing(), None, failed))
+        self._engine.cancel(channel.request_id)
 
-    def _refuse(self, channel: Channel) -> None:
-        channel.end(Ended(channel.request_id, Usage(), Timing(), None, self._error))
-        fire(channel.take_waiters())
-
-    def _shut(self, error: Exception) -> None:
-        """Take no more requests and end those there are with this error."""
+    def _resume(self, channel: Channel) -> None:
+        """Somebody reads a parked request again."""
+        channel.parked = False
         if self._error is None:
-            self._error = error
+            self._engine.resume(channel.request_id)
+
+    def _sweep(self) -> None:
+        """Park foreground requests nobody reads for a while; end those nobody can read, whose cancel got lost."""
+        now = time.monotonic()
+        self._next_sweep = now + SWEEP_SECONDS
+        for request_id, channel in list(self._channels.items()):
+            if channel.is_abandoned:
+                self._engine.cancel(request_id)
+            elif channel.foreground and not channel.parked and now - channel.last_read > READER_PATIENCE:
+                channel.parked = True
+                self._engine.park(request_id)
+
+    def _end(self, error: Exception) -> None:
+        """Take no more requests, end those there are with this error, give the memory back. Never raises."""
+        self._error = self._error or error
         try:
             self._deliver(self._engine.end_all(self._error))
         except Exception:
@@ -252,7 +349,7 @@ class Worker:
         for channel in list(self._channels.values()):
             self._refuse(channel)
         self._channels.clear()
-        self._read_mailbox()
-
-    def _stop(self) -> None:
-        self._stopping = True
+        try:
+            self._engine.close()
+        except Exception:
+            log.error("giving memory back failed", exc_info=True)
