@@ -6,21 +6,28 @@ scheduling. Invariant: what is refused is refused here, before anything is queue
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
 import random
 import time
-import weakref
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, overload
 
 from embedllm import registry
 from embedllm.cache import Cache
 from embedllm.channel import SLICE, Channel
-from embedllm.config import Options
-from embedllm.core import Memory, ModelInfo, build
-from embedllm.errors import EmbedLLMError, EngineClosed, InvalidRequest, UnknownOption
+from embedllm.config import Limits, Options
+from embedllm.core import Core, Memory, ModelInfo, build
+from embedllm.errors import (
+    EmbedLLMError,
+    EngineClosed,
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    QueueFull,
+    UnknownOption,
+)
 from embedllm.generation import Generation
 from embedllm.metrics import Stats
 from embedllm.outputs import Completion
@@ -31,8 +38,6 @@ from embedllm.trace import DEFAULT_CAPACITY, Trace
 
 if TYPE_CHECKING:
     from embedllm.monitor import Monitor
-
-_request_ids = itertools.count(1)
 
 
 class LLM:
@@ -60,16 +65,11 @@ class LLM:
             if name not in known:
                 raise UnknownOption.named(name, known, "LLM")
         chosen = Options(**options)
-        key = _key(model, chosen)
-        core = registry.acquire(key, lambda: build(model, chosen))
-        self._core = core
         self._progress = chosen.progress
         self._random = random.Random(chosen.seed)
-        self._requests: weakref.WeakSet[Generation] = weakref.WeakSet()
-        self._release = weakref.finalize(self, registry.release, key, core)
-        self._release.atexit = False
-        self._prompts = PromptEncoder(core.tokenizer, core.limits.num_input_ids)
-        self.cache = Cache(core.worker, self._prompts.encode, self._prefill)
+        self._core: Core | None = registry.acquire(_key(model, chosen), lambda: build(model, chosen), self)
+        self._info = self._core.info
+        self._prompts = PromptEncoder(self._core.tokenizer, self._core.limits.num_input_ids)
 
     # ---- generate ---------------------------------------------------------------------------------------------
 
@@ -119,21 +119,27 @@ class LLM:
         list fails, all are awaited and the first error is raised with `.completions`; `return_exceptions=True` gives
         the errors in their places. Interrupting the wait cancels what is left.
         """
+        self._open().worker.check_caller("generate()")
         if not _is_batch(prompt):
             if params is not None and not isinstance(params, SamplingParams):
                 raise InvalidRequest("one prompt takes one SamplingParams, not a list")
             return self._submit(prompt, params, overrides, tools=tools, foreground=True).result()
-        each = _params_for_each(prompt, params)
-        generations: list[Generation] = []
+        asked: list[Generation | InvalidRequest] = []
         try:
-            for one, its in zip(prompt, each, strict=True):
-                generations.append(self._submit(one, its, overrides, tools=tools, foreground=True))
-            self._wait_all(generations)
+            for one, its in zip(prompt, _params_for_each(prompt, params), strict=True):
+                try:
+                    asked.append(self._submit_when_room(asked, one, its, overrides, tools))
+                except InvalidRequest as error:
+                    if not return_exceptions:
+                        raise
+                    asked.append(error)
+            self._wait_all([one for one in asked if isinstance(one, Generation)])
         except BaseException:
-            for generation in generations:
-                generation.cancel()
+            for one in asked:
+                if isinstance(one, Generation):
+                    one.cancel()
             raise
-        return _collect(generations, return_exceptions)
+        return _collect(asked, return_exceptions)
 
     def chat(
         self,
@@ -157,56 +163,68 @@ class LLM:
         foreground: bool,
         tools: Any = None,
     ) -> Generation:
-        self._check_open()
-        core = self._core
+        limits, worker, defaults = self._open().limits, self._open().worker, self._open().defaults
+        worker.check_alive()
         tokens = self._prompts.encode(prompt, tools)
         chosen = (params or SamplingParams()).replace(**overrides) if overrides else params or SamplingParams()
-        resolved = chosen.resolve(core.defaults)
-        resolved.check_fits(core.limits.vocab_size)
-        if core.tokenizer is None and (resolved.stop or resolved.bad_words):
+        resolved = chosen.resolve(defaults)
+        resolved.check_fits(limits.vocab_size)
+        if self._prompts.has_no_text and (resolved.stop or resolved.bad_words):
             raise InvalidRequest("stop and bad_words are text, and this model has no tokenizer; use stop_token_ids")
+        bad_words = self._prompts.bad_words(resolved)
+        num_pinned = worker.num_pinned
+        max_tokens = _max_tokens(limits, num_pinned, len(tokens), chosen, resolved)
+        limits.check_fits(len(tokens), max_tokens, num_pinned)
         request = Request(
-            id=next(_request_ids),
+            id=worker.new_id(),
             prompt=tokens,
             params=resolved,
-            max_tokens=self._max_tokens(len(tokens), chosen, resolved),
+            max_tokens=max_tokens,
             seed=resolved.seed if resolved.seed is not None else self._random.getrandbits(63),
             submitted=time.monotonic(),
-            bad_words=self._prompts.bad_words(resolved),
+            bad_words=bad_words,
         )
-        core.limits.check_fits(len(tokens), request.max_tokens)
-        channel = Channel(request.id, resolved.n, foreground=foreground)
-        generation = Generation(core.worker, channel, tokens, keep_alive=self)
-        core.worker.submit(request, channel)
-        self._requests.add(generation)
+        channel = Channel(request.id, resolved.n, foreground=foreground, owner=self)
+        generation = Generation(worker, channel, tokens)
+        worker.submit(request, channel)
         return generation
 
-    def _max_tokens(self, num_prompt: int, given: SamplingParams, resolved: SamplingParams) -> int:
-        """What was asked; where nothing was, the default as far as it fits."""
-        limits = self._core.limits
-        room = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1) - num_prompt
-        if resolved.max_tokens is None:
-            return max(1, room)
-        if "max_tokens" in given.given:
-            return resolved.max_tokens
-        return max(1, resolved.min_tokens, min(resolved.max_tokens, room))
+    def _submit_when_room(
+        self,
+        before: Sequence[Generation | InvalidRequest],
+        prompt: Any,
+        params: SamplingParams | None,
+        overrides: dict[str, Any],
+        tools: Any,
+    ) -> Generation:
+        """Submit one of a list; where the queue is full of those `before` it, once some of them have ended."""
+        while True:
+            try:
+                return self._submit(prompt, params, overrides, tools=tools, foreground=False)
+            except QueueFull:
+                pending = [one for one in before if isinstance(one, Generation) and not one.done]
+                if not pending:
+                    raise
+                pending[0].wait(SLICE)
 
     def _wait_all(self, generations: list[Generation]) -> None:
         """Wait in the caller's thread, with a bar there if somebody is looking."""
         from embedllm.models.progress import bar
 
         with bar(len(generations), "generating", self._progress, unit="request") as shown:
-            began, left = time.monotonic(), generations
-            while left:
-                left[0].wait(SLICE)
-                running = [generation for generation in left if not generation.done]
-                for generation in running:
-                    generation.touch()
-                if not shown.disable:
-                    speed = sum(g.num_tokens for g in generations) / max(1e-9, time.monotonic() - began)
-                    shown.set_postfix_str(f"{speed:.0f} tok/s, KV {self.stats().kv_cache_usage:.0%}", refresh=False)
-                shown.update(len(left) - len(running))
-                left = running
+            began = looked = time.monotonic()
+            for generation in generations:
+                while not generation.wait(SLICE) or time.monotonic() - looked > SLICE:
+                    looked = time.monotonic()
+                    if not shown.disable:
+                        self._show(shown, generations, looked - began)
+            shown.update(len(generations) - shown.n)
+
+    def _show(self, shown: Any, generations: list[Generation], seconds: float) -> None:
+        speed = sum(generation.num_tokens for generation in generations) / seconds
+        with contextlib.suppress(EngineError):  # closed meanwhile: the results will tell
+            shown.set_postfix_str(f"{speed:.0f} tok/s, KV {self.stats().kv_cache_usage:.0%}", refresh=False)
+        shown.update(sum(generation.done for generation in generations) - shown.n)
 
     # ---- text -------------------------------------------------------------------------------------------------
 
@@ -231,50 +249,61 @@ class LLM:
     @property
     def info(self) -> ModelInfo:
         """Model, revision, context and vocabulary sizes, template, device and dtype."""
-        return self._core.info
+        return self._info
+
+    @property
+    def cache(self) -> Cache:
+        """The prefix cache: `explain(prompt)`, `pin(prompt)`, `reset()`."""
+        return Cache(self._open().worker, self._prompts.encode, self._prefill)
 
     def stats(self) -> Stats:
         """Counters and gauges right now, with vLLM's names."""
-        self._check_open()
-        return self._core.worker.call(lambda engine: engine.stats())
+        return self._open().worker.call(lambda engine: engine.stats())
 
     def memory(self) -> Memory:
         """Bytes that weights and KV cache take, and what is free."""
-        self._check_open()
-        return self._core.memory()
+        return self._open().memory()
 
     def trace(self, capacity: int = DEFAULT_CAPACITY) -> Trace:
         """Record every block and scheduler event from now until its `stop()`; also a context manager."""
-        self._check_open()
-        limits, worker = self._core.limits, self._core.worker
+        limits, worker = self._open().limits, self._open().worker
         trace = Trace(limits.num_blocks, limits.block_size, capacity)
         worker.call(lambda engine: engine.attach(trace))
-        trace.on_stop(lambda: worker.call(lambda engine: engine.detach(trace)) if worker.alive else None)
+
+        def detach() -> None:
+            with contextlib.suppress(EngineClosed, EngineDead):  # then it has stopped by itself
+                worker.call(lambda engine: engine.detach(trace))
+
+        trace.on_stop(detach)
         return trace
 
     def monitor(self) -> Monitor:
         """A live view of the KV blocks and of who holds them: text, redrawn on a terminal."""
         from embedllm.monitor import Monitor
 
-        self._check_open()
-        return Monitor(self._core.worker)
+        return Monitor(self._open().worker)
 
     # ---- end --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Cancel this handle's requests; the last handle on a model also gives its memory back. Idempotent."""
-        if self._release.alive:
-            for generation in list(self._requests):
-                generation.cancel()
-            self._release()
+        """Cancel this handle's requests; the last handle on a model also gives its memory back. Idempotent.
+
+        Waits for the step that runs, 2 seconds at most.
+        """
+        core, self._core = self._core, None
+        if core is not None:
+            core.worker.cancel_all_of(self)
+            registry.release(core, self)
 
     @property
     def closed(self) -> bool:
-        return not self._release.alive
+        return self._core is None
 
-    def _check_open(self) -> None:
-        if self.closed:
+    def _open(self) -> Core:
+        core = self._core
+        if core is None:
             raise EngineClosed("this LLM was closed; make a new one")
+        return core
 
     def __enter__(self) -> LLM:
         return self
@@ -286,15 +315,48 @@ class LLM:
         return f"<LLM {self.info.model}{' (closed)' if self.closed else ''}>"
 
 
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An object as part of a key: equal to itself only, and alive as long as the key is."""
+
+    value: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _key(model: Any, options: Options) -> Hashable:
     """What makes two handles share an engine: everything but the seed of the handle and its bars."""
-    by_name = model is None or isinstance(model, (str, os.PathLike))
-    named = os.path.abspath(model) if by_name and model is not None and os.path.isdir(model) else model
-    identity: Hashable = named if by_name else id(model)
-    values = asdict(options) | {"seed": None, "progress": None, "tokenizer": None}
-    tokenizer = options.tokenizer
-    by_value = tokenizer is None or isinstance(tokenizer, (str, os.PathLike))
-    return (identity, tokenizer if by_value else id(tokenizer), tuple(sorted(values.items(), key=str)))
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    values |= {"seed": None, "progress": None, "tokenizer": _identity(options.tokenizer)}
+    return (_identity(model), *sorted(values.items(), key=lambda item: item[0]))
+
+
+def _identity(source: Any) -> Hashable:
+    """A name as it is; a folder with what tells that its files were replaced; an object as itself."""
+    if source is None or not isinstance(source, (str, os.PathLike)):
+        return source if source is None else _Same(source)
+    name = os.fspath(source)
+    if not os.path.isdir(name):
+        return name
+    with os.scandir(name) as entries:
+        files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+    return (os.path.abspath(name), *sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in files))
+
+
+def _max_tokens(
+    limits: Limits, num_pinned: int, num_prompt: int, given: SamplingParams, resolved: SamplingParams
+) -> int:
+    """What was asked; where nothing was, the default as far as it fits."""
+    room = min(limits.max_model_len, (limits.num_blocks - num_pinned) * limits.block_size + 1) - num_prompt
+    if resolved.max_tokens is None:
+        return max(1, room)
+    if "max_tokens" in given.given:
+        return resolved.max_tokens
+    return max(1, resolved.min_tokens, min(resolved.max_tokens, room))
 
 
 def _is_batch(prompt: Any) -> bool:
@@ -311,15 +373,14 @@ def _params_for_each(prompts: Sequence[Any], params: Any) -> list[SamplingParams
     return each
 
 
-def _collect(generations: list[Generation], return_exceptions: bool) -> list[Any]:
+def _collect(asked: list[Generation | InvalidRequest], return_exceptions: bool) -> list[Any]:
     results: list[Any] = []
-    first: EmbedLLMError | None = None
-    for generation in generations:
+    for one in asked:
         try:
-            results.append(generation.result())
+            results.append(one.result() if isinstance(one, Generation) else one)
         except EmbedLLMError as error:
             results.append(error)
-            first = first or error
+    first = next((result for result in results if isinstance(result, EmbedLLMError)), None)
     if first is not None and not return_exceptions:
         first.completions = results  # type: ignore[attr-defined]
         raise first

@@ -1,9 +1,8 @@
 """The engines alive in this process, shared by equal handles.
 
-Owns the only process-wide mutable state: cores by key, with a count of handles. A handle may be dropped anywhere, even
-by the garbage collector inside an engine's thread, so releasing never waits for the lock: it leaves a note, and
-whoever holds the lock reads the notes after letting go. Invariant: two LLMs opened with equal options are handles on
-one core; the last one released closes it.
+Owns the only process-wide mutable state. A core lives as long as somebody holds it: the registry itself does so weakly,
+so that dropping the last LLM ends its engine wherever that happens, without a lock. Invariant: two LLMs opened with
+equal options are handles on one core; a core that is closed or dead is never handed out.
 """
 
 from __future__ import annotations
@@ -11,113 +10,106 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import queue
 import threading
+import time
+import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from embedllm.core import Core
+    from embedllm.worker import Worker
+
+EXIT_SECONDS = 1.5  # all engines together, at the end of the process
+POLL_SECONDS = 0.01  # between two looks whether another thread has loaded what this one wants
+
+if "_lock" not in globals():  # once, also where this module is reloaded
+    _lock = threading.Lock()
+    _cores: weakref.WeakValueDictionary[Hashable, Core] = weakref.WeakValueDictionary()
+    _loading: dict[Hashable, object] = {}  # key -> who builds its core
+    _workers: weakref.WeakSet[Worker] = weakref.WeakSet()  # every one whose thread may still run
 
 
-@dataclass(eq=False)
-class _Entry:
-    """One key: its core once built, its handles, and how building ended."""
-
-    core: Core | None = None
-    num_handles: int = 0
-    error: BaseException | None = None
-    built: threading.Event = field(default_factory=threading.Event)
-
-
-_lock = threading.Lock()
-_entries: dict[Hashable, _Entry] = {}
-_notes: queue.SimpleQueue[tuple[Hashable, Core]] = queue.SimpleQueue()
-
-
-def acquire(key: Hashable, build: Callable[[], Core]) -> Core:
-    """The live core of this key, built if there is none. Each call is paired with one `release`."""
-    with _lock:
-        entry = _entries.get(key)
-        mine = entry is None or (entry.core is not None and not entry.core.worker.alive)
-        if entry is None or mine:
-            entry = _entries[key] = _Entry()
-        entry.num_handles += 1
-    _read_notes()
-    if mine:
-        _build(key, entry, build)
-    while not entry.built.wait(0.1):
-        pass
-    if entry.core is None:
-        assert entry.error is not None
-        raise entry.error
-    return entry.core
-
-
-def _build(key: Hashable, entry: _Entry, build: Callable[[], Core]) -> None:
-    """Load outside the lock; others of the same key wait for it and share its fate."""
+def acquire(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
+    """The live core of this key, built if there is none, with one more handle. Raises what `build` raises."""
+    me = object()
     try:
-        entry.core = build()
-    except BaseException as error:
-        entry.error = error
-        with _lock:
-            if _entries.get(key) is entry:
-                del _entries[key]
-        _read_notes()
-        raise
+        while True:
+            with _lock:
+                core = _cores.get(key)
+                if core is not None and core.worker.alive:
+                    core.handles.add(handle)
+                    return core
+                mine = _loading.setdefault(key, me) is me
+            if mine:
+                return _build(key, build, handle)
+            time.sleep(POLL_SECONDS)  # not an Event: an interrupt could leave its lock locked
     finally:
-        entry.built.set()
+        with _lock:
+            if _loading.get(key) is me:
+                del _loading[key]
 
 
-def release(key: Hashable, core: Core) -> None:
-    """Give one handle back; the last one closes the core. Never blocks on the lock."""
-    _notes.put((key, core))
-    _read_notes()
-
-
-def _read_notes() -> None:
-    done: list[Core] = []
-    while not _notes.empty() and _lock.acquire(blocking=False):
-        try:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    key, core = _notes.get_nowait()
-                    entry = _entries.get(key)
-                    if entry is None or entry.core is not core:  # replaced after its engine died
-                        done.append(core)
-                        continue
-                    entry.num_handles -= 1
-                    if entry.num_handles == 0:
-                        del _entries[key]
-                        done.append(core)
-        finally:
-            _lock.release()
-    for core in done:
-        core.worker.close()
-
-
-def cores() -> list[Core]:
-    """Every live core."""
+def _build(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
+    for worker in _running():
+        if not worker.alive:
+            worker.join()  # its memory comes back before more is taken
+    try:
+        core = build()
+    except BaseException as error:
+        _let_go_of_frames(error)
+        raise
     with _lock:
-        found = [entry.core for entry in _entries.values() if entry.core is not None]
-    _read_notes()
-    return found
+        core.handles.add(handle)
+        _cores[key] = core
+        _workers.add(core.worker)
+    return core
 
 
-def _close_all() -> None:
+def _let_go_of_frames(error: BaseException) -> None:
+    """A kept traceback (IPython keeps the last one) must not keep what was loaded before the error."""
+    from embedllm.faults import let_go
+
+    let_go(error)
+
+
+def release(core: Core, handle: object) -> None:
+    """Give one handle back; the last one ends the core and waits until its memory is back, 2 seconds at most."""
+    with _lock:
+        core.handles.discard(handle)
+        last = not core.handles
+        if last:
+            core.worker.stop()
+    if last:
+        core.worker.join()
+
+
+def _running() -> list[Worker]:
+    with _lock:
+        return list(_workers)
+
+
+def _end_all() -> None:
     """At exit: no daemon thread may be inside native code while the interpreter goes."""
-    for core in cores():
+    deadline = time.monotonic() + EXIT_SECONDS
+    workers = _running()
+    for worker in workers:
+        worker.stop()
+    for worker in workers:
         with contextlib.suppress(Exception):
-            core.worker.close()
+            worker.join(max(0.0, deadline - time.monotonic()))
 
 
-def _after_fork() -> None:
-    """The child has no engine threads: it starts with an empty registry. A lock held at the fork is let go."""
+def _forget_all() -> None:
+    """In a forked child: it has no engine threads, and whoever held the lock is not here."""
     if _lock.locked():
         _lock.release()
-    _entries.clear()
+    _cores.clear()
+    _loading.clear()
+    _workers.clear()
 
 
-atexit.register(_close_all)
-os.register_at_fork(after_in_child=_after_fork)
+if "_registered" not in globals():
+    _registered = True
+    atexit.register(_end_all)
+    os.register_at_fork(after_in_child=_forget_all)
