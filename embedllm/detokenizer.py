@@ -195,12 +195,12 @@ class Detokenizer:
         return Piece("".join(out), len(tokens))
 
     def finish(self) -> str:
-        """Whatever is still held back, once the sequence has ended."""
+        """Whatever is still held back, once the sequence has ended; cut if a stop string is completed by it."""
         if self._stream is None or self._ended:
             return ""
         self._ended = True
-        rest, self._pending = self._pending + self._stream.finish(), ""
-        return rest
+        text, stop = self._scan(self._stream.finish())
+        return text if stop is not None else text + self._pending
 
     def _scan(self, new: str) -> tuple[str, str | None]:
         """What of the pending text and `new` can be handed out, and the stop string it contains.

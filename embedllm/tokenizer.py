@@ -206,8 +206,8 @@ def _complete(
 
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     listed = config.get("added_tokens_decoder") or {}
-    if not isinstance(listed, dict):
-        raise ModelFormatError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be an object")
+    if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
+        raise ModelFormatError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must map ids to tokens")
     for key, entry in sorted(listed.items(), key=lambda item: int(item[0])):
         text = _content(entry)
         if text is None or text in known:
