@@ -6,11 +6,15 @@ non-empty list of plain ints below the model's number of input ids.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 from embedllm.errors import InvalidRequest
 from embedllm.params import SamplingParams
 from embedllm.tokenizer import TokenizerProtocol
+
+if TYPE_CHECKING:
+    from embedllm.chat import Chat
 
 Message = dict[str, Any]
 Prompt = str | list[int] | list[Message]
@@ -34,15 +38,19 @@ class PromptEncoder:
             raise InvalidRequest("this model has no tokenizer: pass token ids, or tokenizer= when loading")
         return self._codec
 
+    @functools.cached_property
+    def _chat(self) -> Chat:
+        from embedllm.chat import Chat  # jinja2 loads when somebody chats
+
+        return Chat(self.text)
+
     def encode(self, prompt: Any, tools: Any = None) -> list[int]:
         """One prompt to token ids."""
         chat = isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], dict)
         if tools is not None and not chat:
             raise InvalidRequest("tools need chat messages as the prompt")
         if chat:
-            from embedllm.chat import render_ids  # jinja2 loads when somebody chats
-
-            tokens = render_ids(self.text, list(prompt), tools=tools)
+            tokens = self._chat.encode(list(prompt), tools)
         elif isinstance(prompt, str):
             tokens = self.text.encode(prompt) if prompt else []
         elif isinstance(prompt, (list, tuple)):
