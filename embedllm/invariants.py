@@ -31,8 +31,7 @@ def check(scheduler: Scheduler, pinned: Iterable[int] = ()) -> None:
 
 def check_plan(plan: Plan, scheduler: Scheduler) -> None:
     """A plan that was just made: within the budget, each entry where its sequence is, each copy into its own block."""
-    limits = scheduler.limits
-    assert plan.num_tokens <= limits.max_batch_tokens, f"{plan.num_tokens} tokens in one step"
+    assert plan.num_tokens <= scheduler.budget, f"{plan.num_tokens} tokens in one step of {scheduler.budget}"
     ids, rows = {entry.sequence_id for entry in plan.entries}, {entry.row for entry in plan.entries}
     assert len(ids) == len(rows) == len(plan.entries) > 0, "a sequence or a row is in the plan twice, or nobody is"
     for entry in plan.entries:

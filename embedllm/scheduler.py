@@ -117,8 +117,9 @@ class Scheduler:
         self._wait(sequence)
 
     def successor(self) -> Scheduler:
-        """An empty scheduler with this one's limits, recorder and totals."""
+        """An empty scheduler with this one's limits, budget, recorder and totals."""
         new = Scheduler(self.limits)
+        new.budget = self.budget
         new.recorder = new.pool.recorder = self.recorder
         new.num_preemptions, new.num_prefix_queries = self.num_preemptions, self.num_prefix_queries
         new.num_prefix_hits = self.num_prefix_hits

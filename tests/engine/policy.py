@@ -174,6 +174,13 @@ class World:
         self.scheduler.resume(job.sequence)
         self.check()
 
+    def pace(self, share: float) -> None:
+        """Steps take too long, or no longer: what is handed out per step changes."""
+        limits = self.limits
+        if limits.chunked_prefill:
+            least = limits.max_num_seqs
+            self.scheduler.budget = least + int(share * (limits.max_batch_tokens - least))
+
     # ---- the cache --------------------------------------------------------------------------------------------
 
     def reset_cache(self) -> None:
@@ -182,8 +189,8 @@ class World:
         self.check()
 
     def pin(self, job: Job, first: int = 0) -> None:
-        """Hold what is cached of a prompt from a block on, if whoever was admitted still fits beside it."""
-        blocks = self.scheduler.pool.find(job.prompt, job.sequence.salt)[0][first:]
+        """Hold what is cached of a sequence from a block on, if whoever was admitted still fits beside it."""
+        blocks = self.scheduler.pool.find(job.sequence.tokens, job.sequence.salt)[0][first:]
         pinned = {block for pin in (*self.pins, blocks) for block in pin}
         room = self.limits.num_blocks - len(pinned)
         most = max((self.limits.blocks_for(s.max_slots) for s in self.scheduler.sequences.values()), default=0)
@@ -213,10 +220,14 @@ class World:
             return False
         self.draft()
         first = self.scheduler.running[0] if self.scheduler.running else None
-        before = self.counts[events.ADMIT], self.counts[events.PREEMPT]
+        before = self.counts.copy()
         plan = self.scheduler.plan()
-        after = self.counts[events.ADMIT], self.counts[events.PREEMPT]
-        assert after[0] == before[0] or after[1] == before[1], "one was admitted and another preempted in one plan"
+        admitted, preempted, evicted = (
+            self.counts[name] - before[name] for name in (events.ADMIT, events.PREEMPT, events.EVICT)
+        )
+        assert not (admitted and preempted), "one was admitted and another preempted in one plan"
+        self.counts["preempt for memory"] += preempted
+        self.counts["evict for memory"] += evicted
         assert first is None or first.state is State.RUNNING, "the first in order was preempted"
         if plan is None:
             assert self.flight or not self.scheduler.has_work, "work, nothing in flight, and nothing planned"
@@ -384,6 +395,7 @@ ACTS: dict[str, tuple[int, Callable[[World, random.Random, Job], object]]] = {  
     "roll back": (1, lambda world, r, job: world.roll_back()),
     "fail": (1, lambda world, r, job: world.commit(failing=r.randrange(8))),
     "recompute": (1, lambda world, r, job: world.recompute_all()),
+    "pace": (1, lambda world, r, job: world.pace(r.random())),
     "draft": (2, lambda world, r, job: setattr(world, "drafter", r.choice(DRAFTERS))),
 }
 ALWAYS = ("step", "add")

@@ -21,6 +21,10 @@ NUM_CASES = int(os.environ.get("EMBEDLLM_POLICY_CASES", "2000"))
 MOSTLY = st.sampled_from([True, True, True, False])
 INDEX = st.integers(0, 15)  # which of the jobs, rows or pins there are
 
+HAPPENS = ["preempt for memory", "evict for memory", "hit", "chunk", "fork", "copy", "stale", "rollback", "recompute"]
+HAPPENS += ["accepted all", "accepted some", "accepted none", "park", "pin", "fail", "refused"]
+HAPPENS += [f"abort {state}" for state in ("unborn", "waiting", "running", "parked", "finished")]
+
 
 def prompt(num_shared: int, tail: int) -> list[int]:
     """A shared beginning, or one with another first token, and the digits of `tail` in base 3."""
@@ -136,6 +140,10 @@ class PolicyMachine(RuleBasedStateMachine):
     def recompute_all(self) -> None:
         self.world.recompute_all()
 
+    @rule(share=st.floats(0, 1))
+    def pace(self, share: float) -> None:
+        self.world.pace(share)
+
     @rule(drafter=st.sampled_from(DRAFTERS))
     def draft(self, drafter: str) -> None:
         self.world.drafter = drafter
@@ -158,8 +166,5 @@ def test_every_sequence_says_what_the_oracle_says(num_in_flight: int) -> None:
     run_state_machine_as_test(Machine, settings=settings(max_examples=num_cases, stateful_step_count=80))
     totals = Machine.totals
     print(f"{num_cases} cases with up to {num_in_flight} steps in flight: {dict(sorted(totals.items()))}")
-    happened = ["preempt", "hit", "evict", "chunk", "copy", "fork", "park", "pin", "fail", "recompute", "refused"]
-    happened += ["rollback"]
-    happened += ["accepted all", "accepted some", "accepted none", "stale", "abort waiting", "abort running"]
-    happened += ["abort unborn", "abort parked", "abort finished"]
-    assert not [name for name in happened if totals[name] < num_cases / 50], totals
+    if num_cases >= 1_000:
+        assert not [name for name in HAPPENS if totals[name] < num_cases / 50]
