@@ -112,19 +112,27 @@ class Monitor:
         """
         return self.draw(self.look(), width, height, ansi)
 
-    def draw(self, picture: Picture, width: int = 80, height: int = 24, ansi: bool = False) -> str:
-        """The same of a picture taken before."""
+    def draw(
+        self, picture: Picture, width: int = 80, height: int = 24, ansi: bool = False, sequences: bool = True
+    ) -> str:
+        """The same of a picture taken before, with or without a line for each sequence."""
         if width < MIN_WIDTH or height < MIN_HEIGHT:
             raise InvalidRequest(
                 f"{width} columns by {height} lines: a picture needs {MIN_WIDTH} by {MIN_HEIGHT} at least"
             )
         head = self._head(picture, width)
-        listed = len(picture.sequences)
+        listed = len(picture.sequences) if sequences else 0
         rows = min(-(-picture.stats.num_kv_blocks // width), max((height - 2) // 2, height - 2 - listed))
         rows = max(1, min(rows, height - 3))
         lines = [_paint(head, BOLD, ansi), *pool_lines(picture, width, rows, ansi), legend(picture, width, rows, ansi)]
-        lines += sequence_lines(picture, width, height - len(lines), ansi)
+        if sequences:
+            lines += sequence_lines(picture, width, height - len(lines), ansi)
         return "\n".join(lines)
+
+    @staticmethod
+    def colour_of(sequence_id: int) -> str:
+        """The escape sequence that begins a sequence's colour."""
+        return colour_of(sequence_id)
 
     def _head(self, picture: Picture, width: int) -> str:
         stats = picture.stats

@@ -1,6 +1,7 @@
 """Models without weights, for tests of the engine and of programs that use it.
 
-Owns HashLM (every token depends on every slot it reads), ScriptedModel (says what you tell it) and ByteTokenizer.
+Owns HashLM (every token depends on every slot it reads), ScriptedModel (says what you tell it) and ByteTokenizer, and
+passes on write_random_model (a known shape with random weights, for timings).
 Knows the shapes of a plan, nothing of how it was made. Invariant: all are deterministic; the same prompt gives the same
 tokens whatever else runs, and `HashLM.expected` says which ones without an engine.
 
@@ -22,6 +23,7 @@ from embedllm import events
 from embedllm.config import Limits
 from embedllm.errors import InvalidRequest
 from embedllm.events import Event
+from embedllm.models.random_model import write_random_model
 from embedllm.plan_types import UNKNOWN, Entry, Plan
 from embedllm.tokenizer import TokenizerProtocol
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from embedllm.runner import ModelOutput
 
-__all__ = ["ByteTokenizer", "HashLM", "ScriptedModel"]
+__all__ = ["ByteTokenizer", "HashLM", "ScriptedModel", "write_random_model"]
 
 _GARBAGE = -(2**62)  # nothing that is written is negative
 

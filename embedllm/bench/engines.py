@@ -1,0 +1,78 @@
+"""embedllm as it is measured, and what every engine in a comparison must be able to do.
+
+Owns the Engine interface and embedllm's own entry. Invariant: `run` returns only when every output token of the
+workload exists, and counts exactly those.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import embedllm
+from embedllm.bench.workloads import Job, Workload
+
+WARM_UP = (Job(tuple(range(10, 90)), 4), Job(tuple(range(20, 60)), 4))
+MAX_SEQS = 64  # sequences anybody runs at once
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed pass: wall seconds, useful output tokens, and seconds to each request's first token where known."""
+
+    seconds: float
+    outputs: list[list[int]]
+    first_token: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.outputs)) / self.seconds
+
+
+class Engine(ABC):
+    """Someone who can run a workload."""
+
+    name: str
+    version: str
+
+    @abstractmethod
+    def run(self, work: Workload) -> Run:
+        """Do the work once, timed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back."""
+
+    def warm_up(self) -> None:
+        """A first, untimed pass: kernels are compiled, memory is touched."""
+        self.run(Workload("warm-up", WARM_UP))
+
+
+class Embedllm(Engine):
+    """This engine. Its prefix cache is emptied before each pass, so only hits inside a workload count."""
+
+    name = "embedllm"
+
+    def __init__(self, model: str | Path | None, dtype: str, longest: int) -> None:
+        self.version = embedllm.__version__
+        options = {"max_num_seqs": MAX_SEQS, "max_model_len": longest, "tokenizer": None, "progress": False}
+        self.llm = embedllm.LLM(model, dtype=dtype, **options)
+
+    def run(self, work: Workload) -> Run:
+        self.llm.cache.reset()
+        params = [
+            embedllm.SamplingParams(
+                max_tokens=job.num_output, temperature=work.temperature, top_p=1.0, top_k=0, ignore_eos=True, seed=i
+            )
+            for i, job in enumerate(work.jobs)
+        ]
+        prompts = [list(job.prompt) for job in work.jobs]
+        began = time.perf_counter()
+        completions = self.llm.generate(prompts, params)
+        seconds = time.perf_counter() - began
+        return Run(seconds, [c.tokens for c in completions], [c.timing.ttft for c in completions])
+
+    def close(self) -> None:
+        self.llm.close()

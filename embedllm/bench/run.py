@@ -1,0 +1,147 @@
+"""From the command line to figures: load everybody, let them take turns, report.
+
+Owns the order of things. Invariant: in every round each engine does the same work once, in an order that rotates, so
+that a machine getting slower or faster is felt by all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import embedllm
+from embedllm.bench.arguments import PROBES, chosen
+from embedllm.bench.engines import Embedllm, Engine
+from embedllm.bench.report import Comparison, Entry, envelope, machine
+from embedllm.bench.workloads import Workload, workload
+from embedllm.errors import InvalidRequest, MissingDependency, UnsupportedModel
+
+Say = Callable[[str], None]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what `args` asks for; returns the exit code."""
+    try:
+        what, against = chosen(args)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out = sys.stderr if args.json == "-" else sys.stdout
+
+    def say(text: str) -> None:
+        print(text, file=out, flush=True)
+
+    facts = machine()
+    say(f"{facts['cpu']}, {facts['cores']} cores ({', '.join(facts['instructions'])}), {facts['threads']} threads")
+    results = [_probe(name, say) for name in what if name in PROBES]
+    names = [name for name in what if name not in PROBES]
+    if names:
+        results += [c.as_json() for c in compare(args, names, against, say)]
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key not in ("run", "json", "command")}
+        text = json.dumps(envelope(settings, results), indent=1)
+        if args.json == "-":
+            print(text)
+        else:
+            Path(args.json).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _probe(name: str, say: Say) -> dict[str, Any]:
+    if name == "overhead":
+        from embedllm.bench import overhead
+
+        figures = overhead.measure()
+        say(figures.table())
+        return figures.as_json()
+    from embedllm.bench import waste
+
+    found = waste.measure()
+    say(found.table())
+    return found.as_json()
+
+
+def compare(args: argparse.Namespace, names: list[str], against: list[str], say: Say) -> list[Comparison]:
+    """Every named workload on embedllm and its peers."""
+    with tempfile.TemporaryDirectory(prefix="embedllm-bench-") as scratch:
+        model = args.model
+        if args.shape:
+            model = embedllm.testing.write_random_model(Path(scratch) / args.shape, args.shape, dtype=args.dtype)
+            say(f"shape {args.shape}, random weights, {args.dtype}")
+        vocab_size, longest = _size(model, names, args.scale)
+        works = [workload(name, vocab_size, args.scale) for name in names]
+        engines, skipped = _open(model, Path(scratch), against, args, longest)
+        try:
+            comparisons = []
+            for work in works:
+                comparisons.append(_take_turns(work, engines, args.rounds, skipped))
+                say("\n" + comparisons[-1].table())
+            return comparisons
+        finally:
+            for engine in engines:
+                engine.close()
+
+
+def _size(model: Any, names: list[str], scale: float) -> tuple[int, int]:
+    """Token ids the model has, and the longest request of the workloads."""
+    with embedllm.LLM(model, tokenizer=None, num_kv_blocks=64, max_batch_tokens=64, progress=False) as llm:
+        vocab_size = llm.info.vocab_size
+    return vocab_size, max(workload(name, vocab_size, scale).longest for name in names)
+
+
+def _open(
+    model: Any, scratch: Path, against: list[str], args: argparse.Namespace, longest: int
+) -> tuple[list[Engine], dict[str, str]]:
+    """embedllm and every peer that can run here, warmed up; and why the others cannot."""
+    import torch
+
+    engines: list[Engine] = [Embedllm(model, args.dtype, longest)]
+    skipped: dict[str, str] = {}
+    folder = Path(model) if model is not None else Path(embedllm.__file__).parent / "demo" / "model"
+    shared: list[Any] = []  # the transformers model, loaded once
+    for name in against:
+        try:
+            if name == "llama.cpp":
+                from embedllm.bench.llama_cpp import LlamaCpp
+
+                engines.append(LlamaCpp(folder, scratch, args.dtype, longest, torch.get_num_threads()))
+            else:
+                engines.append(_transformers(name, folder if folder.is_dir() else model, shared, args.dtype, longest))
+        except (MissingDependency, UnsupportedModel) as error:
+            skipped[name] = str(error)
+    for engine in engines:
+        engine.warm_up()
+    return engines, skipped
+
+
+def _transformers(name: str, source: Any, shared: list[Any], dtype: str, longest: int) -> Engine:
+    from embedllm.bench.peers import HFContinuous, HFGenerate, load_transformers
+
+    if not shared:
+        shared.append(load_transformers(source, dtype))
+    if name == "hf-cb":
+        return HFContinuous(shared[0], longest)
+    return HFGenerate(shared[0], batch=1 if name == "hf" else 32)
+
+
+def _take_turns(work: Workload, engines: list[Engine], rounds: int, skipped: dict[str, str]) -> Comparison:
+    entries = [Entry(engine.name, engine.version) for engine in engines]
+    turns = list(zip(engines, entries, strict=True))
+    for number in range(rounds):
+        for engine, entry in turns[number % len(turns) :] + turns[: number % len(turns)]:
+            gc.collect()
+            found = engine.run(work)
+            made = [len(output) for output in found.outputs]
+            if made != [job.num_output for job in work.jobs]:
+                raise RuntimeError(f"{engine.name} did not produce the tokens that were asked for: {made[:8]}…")
+            entry.runs.append(found)
+    return Comparison(work, entries, skipped)
