@@ -183,8 +183,7 @@ class Decoder:
             rope: ops.angles(batch.padded_positions, frequencies, rope.amplitude, self.dtype)
             for rope, frequencies in self._frequencies.items()
         }
-        attended = x.new_empty((x.shape[0], config.q_size))
-        attended[batch.num_tokens :].zero_()
+        attended = x.new_zeros((x.shape[0], config.q_size))  # reused by every layer; padded rows stay zero
         for index, block in enumerate(self._layers):
             if between_layers is not None:
                 between_layers()

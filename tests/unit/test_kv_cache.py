@@ -72,6 +72,16 @@ def test_addresses_are_computed_in_64_bits() -> None:
     cache.free()
 
 
+def test_row_numbers_beyond_32_bits() -> None:
+    """Against Python's integers, on a cache that has no memory at all."""
+    group = KVGroup(layers=80, kv_heads=1, k_dim=1, v_dim=1, dtype=torch.float32)
+    cache = KVCache(group, 2**27 - 1, 16, device="meta")
+    slots = [0, 15, 16, 2**20 + 3, (2**27 - 1) * 16 - 1]
+    expected = [slot // 16 * 80 * 16 + slot % 16 for slot in slots]
+    assert expected[-1] > 2**37
+    assert cache.row_index(torch.tensor(slots, dtype=torch.int32)).tolist() == expected
+
+
 def test_reserving_does_not_touch_memory() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
