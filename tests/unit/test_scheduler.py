@@ -1,5 +1,6 @@
 """Who runs when, with which memory: each promise of the scheduler alone. All together: tests/engine/policy.py."""
 
+import random
 from collections.abc import Iterable
 
 import pytest
@@ -628,3 +629,28 @@ def test_arrival_order_survives_preemption() -> None:
     assert ids(s.waiting) == [1, 2, 3]
     step(s)
     assert ids(s.running) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("num_blocks", [400, 8_000])
+def test_memory_is_used_and_little_is_computed_twice(num_blocks: int) -> None:
+    """Lengths as in a chat log, memory for a fraction of them: hardly a slot lies empty, few tokens are recomputed."""
+    s = scheduler(block_size=16, num_blocks=num_blocks, max_num_seqs=256, max_batch_tokens=2_048, max_model_len=4_096)
+    r = random.Random(0)
+    needed = 0
+    for i in range(150):
+        num_prompt = min(2_000, max(4, int(r.lognormvariate(4.5, 1.1))))
+        max_tokens = min(2_000, max(2, int(r.lognormvariate(5.3, 0.9))))
+        needed += num_prompt + max_tokens - 1
+        s.add(Sequence(i, [r.randrange(32_000) for _ in range(num_prompt)], max_tokens))
+    computed, waste = 0, []
+    while s.has_work:
+        plan = s.plan()
+        assert plan is not None
+        computed += plan.num_tokens
+        slots = 16 * sum(len(x.blocks) for x in s.running)
+        waste.append(1 - sum(x.num_computed + x.num_in_flight for x in s.running) / slots)
+        s.commit(plan, sampled(plan))
+    mean = sum(waste) / len(waste)
+    print(f"{num_blocks} blocks: {mean:.2%} of slots empty, {computed / needed - 1:.1%} recomputed")
+    assert mean < 0.04 and computed <= (1.25 if num_blocks == 400 else 1) * needed
+    assert (s.num_preemptions > 0) == (num_blocks == 400)
