@@ -204,17 +204,20 @@ class Sampler:
         """Log-probabilities of the raw distribution: of each row's given next token, then of the k most likely.
 
         logits: [m, V] float32, a slice of the prompt's. next_tokens: [m]. An id is listed once: if the given one is
-        among the k, it stands first only. Raises RequestFailed if a row is not finite.
+        among the k, it stands first only. One without a logit has -inf and comes last. Raises RequestFailed if a row is
+        not finite.
         """
         if not bool(torch.isfinite(logits.amax(1)).all()):
             raise RequestFailed("the model's logits are not finite, so there are no log-probabilities")
-        chosen = torch.tensor(list(next_tokens), dtype=torch.int64, device=logits.device)
+        size = logits.shape[1]
+        chosen = torch.tensor([min(token, size - 1) for token in next_tokens], dtype=torch.int64, device=logits.device)
         columns = (column.tolist() for column in ops.logprobs(logits, chosen, k))
         entries = []
         for token, logprob, rank, values, ids in zip(next_tokens, *columns, strict=True):
             ranked = enumerate(zip(ids, values, strict=True), start=1)
             rest = [Logprob(other, value, place) for place, (other, value) in ranked if other != token]
-            entries.append([Logprob(token, logprob, rank), *rest])
+            own = Logprob(token, logprob, rank) if token < size else Logprob(token, -math.inf, size + 1)
+            entries.append([own, *rest])
         return entries
 
 
@@ -250,7 +253,7 @@ class _Row:
         factors = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self.penalties = torch.tensor([factors], dtype=torch.float32)
         penalised = factors != (1.0, 0.0, 0.0)
-        self.counts = _Counts(num_prompt, prompt_too=factors[0] != 1.0) if penalised else None
+        self.counts = _Counts(num_prompt, factors[0] != 1.0, vocab_size) if penalised else None
         bias = params.logit_bias or {}
         self._bias = (torch.tensor(list(bias), dtype=torch.int64), torch.tensor(list(bias.values()))) if bias else None
         self._allowed = torch.tensor(params.allowed_token_ids) if params.allowed_token_ids is not None else None
@@ -320,10 +323,14 @@ class _Row:
 
 
 class _Counts:
-    """How often each id stands in the output (and, at zero, which ids stand in the prompt), kept up token by token."""
+    """How often each id stands in the output (and, at zero, which ids stand in the prompt), kept up token by token.
 
-    def __init__(self, num_prompt: int, prompt_too: bool) -> None:
+    A prompt may hold ids without a logit, such as a placeholder's: they are left out.
+    """
+
+    def __init__(self, num_prompt: int, prompt_too: bool, vocab_size: int) -> None:
         self._num_prompt = num_prompt
+        self._vocab_size = vocab_size
         self._start = 0 if prompt_too else num_prompt
         self._done = -1  # tokens before this are counted
         self._last = -1  # the last of them
@@ -345,7 +352,8 @@ class _Counts:
         return self._ids[:size], self._times[:size]
 
     def _recount(self, tokens: list[int]) -> None:
-        counted = Counter(dict.fromkeys(tokens[self._start : self._num_prompt], 0))
+        prompt = tokens[self._start : self._num_prompt]
+        counted = Counter(dict.fromkeys((token for token in prompt if token < self._vocab_size), 0))
         counted.update(tokens[self._num_prompt :])
         spare = [0] * max(64, len(counted) // 4)
         self._ids = torch.tensor([*counted, *spare], dtype=torch.int64)
