@@ -77,7 +77,9 @@ class PlanReport:
             ("free now", _bytes(self.free)),
         ]
         if self.window_waste:
-            rows.append(("past windows", f"{self.window_waste:.0%} of a full sequence's KV lies behind its layers' windows"))
+            rows.append(
+                ("past windows", f"{self.window_waste:.0%} of a full sequence's KV lies behind its layers' windows")
+            )
         return rows + [("note", note) for note in self.notes]
 
     def __str__(self) -> str:

@@ -29,6 +29,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini("timeout", "ignored: pytest-timeout is not installed")
 
 
+def equality_counts(config: pytest.Config) -> tuple[int, int]:
+    """Requests whose tokens were compared with transformers', and those among them that ended in a rounding tie."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    reports = [report for kind in reporter.stats.values() for report in kind] if reporter else []
+    properties = [
+        pair for report in reports if getattr(report, "when", "") == "call" for pair in report.user_properties
+    ]
+    counts = [value for name, value in properties if name == "equality"]
+    return sum(requests for requests, _ in counts), sum(ties for _, ties in counts)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    requests, ties = equality_counts(config)
+    if requests:
+        terminalreporter.write_line(f"equality with transformers: {requests:,} requests, {ties} rounding ties")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A tie is right by itself, too many are not: one in a thousand requests, or a single one in a short run."""
+    requests, ties = equality_counts(session.config)
+    if ties > max(1, requests // 1_000) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture
 def test_seed(request: pytest.FixtureRequest) -> int:
     """A 32-bit seed that is the same on every run and differs between tests and their parameters."""

@@ -305,7 +305,7 @@ def _read_config(snapshot: Snapshot, trusted: bool) -> Any:
     with process.quiet_transformers():
         try:
             return AutoConfig.from_pretrained(snapshot.path, local_files_only=True, trust_remote_code=trusted)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        except Exception as error:  # a config class checks its fields with whatever it likes to raise
             raise UnsupportedModel(f"{snapshot.path / 'config.json'}: transformers cannot read it ({error})") from error
 
 

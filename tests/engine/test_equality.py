@@ -15,7 +15,7 @@ import embedllm
 from embedllm.config import Limits
 from embedllm.plan_types import Plan
 from tests.engine import tiny_models
-from tests.engine.equality import Bench, Prompts, alone, draw, judge, loaded, shifted
+from tests.engine.equality import Bench, Prompts, Verdict, alone, draw, judge, loaded, shifted
 from tests.engine.pairwise import Case, pairwise
 
 FACTORS: dict[str, list[Any]] = {
@@ -41,8 +41,10 @@ def num_running(case: Case) -> int:
 
 
 def allowed(case: Case) -> bool:
-    """Preemption takes two that run at once. Sixty-four long prompts, token by token, take more time than they tell."""
-    if budget(case) == 1 and case["batch"] == 64 and case["lengths"] != "short":
+    """Preemption takes two that run at once. Sixty-four prompts in sips take more time than they tell."""
+    if case["batch"] == 64 and (
+        (budget(case) == 1 and case["lengths"] != "short") or (budget(case) < 16 and case["pool"] == "tight")
+    ):
         return False
     return case["pool"] == "roomy" or num_running(case) > 1
 
@@ -74,12 +76,15 @@ def make_prompts(case: Case, rng: random.Random) -> Prompts:
 
 
 def make_bench(case: Case, prompts: Prompts) -> Bench:
-    """A tight pool lets two of the longest prompts in, and not both finish."""
+    """A tight pool lets some of the longest prompts in, and not all of them finish."""
+    crowd = min(6 if budget(case) >= 16 else 2, num_running(case))
     longest, running = max(map(len, prompts)), num_running(case)
     at_first, at_last = (-(-length // case["block"]) for length in (longest, longest + num_tokens(case)))
     limits = Limits(
         block_size=case["block"],
-        num_blocks=max(2 * at_first + 1, at_last + 1) if case["pool"] == "tight" else 2 * at_last * (running + 2),
+        num_blocks=max(crowd * (at_first + 1) - 1, at_last + 1)
+        if case["pool"] == "tight"
+        else 2 * at_last * (running + 2),
         max_model_len=tiny_models.RECIPES[case["model"]].max_model_len,
         max_num_seqs=running,
         max_batch_tokens=budget(case),
@@ -88,10 +93,27 @@ def make_bench(case: Case, prompts: Prompts) -> Bench:
     return Bench(case["model"], limits)
 
 
+WITHIN = pairwise({name: values for name, values in FACTORS.items() if name != "model"}, allowed)
+SWEEP = [{"model": name} | case for name in tiny_models.RECIPES for case in WITHIN]
+
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_same_tokens_as_transformers(
     case: Case, test_seed: int, record_property: Callable[[str, object], None]
 ) -> None:
+    run_case(case, test_seed, record_property)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("case", SWEEP, ids=name_of)
+def test_same_tokens_for_every_model_in_every_setting(
+    case: Case, test_seed: int, record_property: Callable[[str, object], None]
+) -> None:
+    """All pairs of settings for each model by itself."""
+    run_case(case, test_seed, record_property)
+
+
+def run_case(case: Case, test_seed: int, record_property: Callable[[str, object], None]) -> None:
     rng = random.Random(test_seed)
     prompts = make_prompts(case, rng)
     bench = make_bench(case, prompts)
@@ -124,6 +146,18 @@ def check_that_it_happened(case: Case, bench: Bench, prompts: Prompts, num_hits:
         assert num_hits == 0
     if case["cache"] == "warm" and case["pool"] == "roomy" and case["block"] < min(map(len, prompts)):
         assert num_hits
+
+
+def test_the_judge_tells_wrong_from_tied(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = probe_prompt("llama")
+    right = tiny_models.generate("llama", [prompt], 4)
+    other = [[*right[0][:2], (right[0][2] + 1) % 251, right[0][3]]]
+    assert judge("llama", [prompt], right, 4) == Verdict(1)
+    assert len(judge("llama", [prompt], other, 4).wrong) == 1
+    flat = torch.ones(len(prompt) + 2, 251)
+    flat[-1, other[0][2]] -= 0.9e-4
+    monkeypatch.setattr(tiny_models, "teacher_forced", lambda name, tokens: flat)
+    assert len(judge("llama", [prompt], other, 4).ties) == 1
 
 
 PROBE = 24
