@@ -1,6 +1,8 @@
 """Files to weights: every value arrives once, in the right place, and nothing foreign is loaded."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from embedllm.models.checkpoint import INDEX, SINGLE, open_checkpoint
 from embedllm.models.config import ModelConfig
 from embedllm.models.shapes import random_weights, shape_config
 from embedllm.models.weights import Shape, shapes
+from tests.rules.tree import ROOT
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -306,3 +309,69 @@ def test_random_rows_differ_in_a_large_embedding() -> None:
     assert embedding.shape == (49_152, 576)
     assert len({tuple(row) for row in embedding[:, :24].float().tolist()}) == 49_152
     assert embedding.float().std().item() == pytest.approx(0.02, rel=0.05)
+
+
+PEAK = """
+import resource, sys
+import torch
+torch.set_num_threads(1)
+import embedllm.models.decoder
+from embedllm.models.hub import resolve
+from embedllm.models.load import load
+load(resolve(sys.argv[1]), dtype="float32")
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = load(resolve(sys.argv[2]), dtype="float32")
+print(peak() - before, model.num_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_loading_holds_one_copy(tmp_path: Path) -> None:
+    """Peak memory grows by the model and little more, packed and fused as it is."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2_048, "num_hidden_layers": 8, "vocab_size": 2_000}
+    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | TINY
+    for name, changes in (("small", {}), ("large", sizes)):
+        model = ModelConfig.from_dict(raw | changes)
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(raw | changes))
+        save_file(unfused(model), folder / SINGLE)
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large")],
+        cwd=ROOT, env={"PYTHONPATH": ".:kernels", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
+        check=True,
+    )  # fmt: skip
+    growth, size = map(int, out.stdout.split())
+    assert size > 100e6
+    assert growth < 1.25 * size
+
+
+def unfused(model: ModelConfig) -> dict[str, torch.Tensor]:
+    """A checkpoint of random weights under the names that files use."""
+    out = {}
+    back = {
+        "embed.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    }
+    names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "o": "self_attn.o_proj",
+             "down": "mlp.down_proj"}  # fmt: skip
+    for name, weight in random_weights(model):
+        if name in back:
+            out[back[name]] = weight
+            continue
+        _, layer, part, _ = name.split(".")
+        prefix = f"model.layers.{layer}"
+        if part == "qkv":
+            rows = weight.split([model.q_size, model.kv_size, model.kv_size])
+            out |= {f"{prefix}.self_attn.{x}_proj.weight": row.clone() for x, row in zip("qkv", rows, strict=True)}
+        elif part == "gate_up":
+            out |= {
+                f"{prefix}.mlp.{x}_proj.weight": row.clone()
+                for x, row in zip(("gate", "up"), weight.chunk(2), strict=True)
+            }
+        else:
+            out[f"{prefix}.{names[part]}.weight"] = weight
+    return out
