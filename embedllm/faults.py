@@ -7,8 +7,9 @@ requests. Invariant: every entry that is still wanted is either part of exactly 
 from __future__ import annotations
 
 import logging
+import sys
+import traceback
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import TypeVar
 
 from embedllm.plan_types import Entry, Plan
@@ -51,7 +52,7 @@ def contain(
         elif isinstance(error, StepAbandoned):
             parts.append((part, again))
         elif again:
-            log.warning("step %d failed and is run again: %r", plan.number, error)
+            log.warning("step %d failed and is run again: %r", plan.number, error, exc_info=error)
             parts.append((part, False))
         elif len(entries) > 1:
             middle = len(entries) // 2
@@ -71,27 +72,22 @@ def _try(run: Callable[[Plan], R], part: Plan) -> tuple[R | None, BaseException 
 
 
 def let_go(error: BaseException) -> BaseException:
-    """Drop what an error's frames hold (weights, activations, prompts); where it came from stays readable.
+    """Turn tracebacks into text: a note of the error (Python 3.11 and later).
 
-    Frames that still run cannot be cleared, and would hold their variables once they have ended, so they are cut off.
+    A frame, and through it those that called it, would hold all their variables: weights, activations, prompts.
     """
     links: list[BaseException | None] = [error]
     seen: set[int] = set()
     while links:
         link = links.pop()
-        if link is not None and id(link) not in seen:
-            seen.add(id(link))
-            link.__traceback__ = _cleared(link.__traceback__)
-            links += [link.__cause__, link.__context__]
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        links += [link.__cause__, link.__context__]
+        if link.__traceback__ is not None:
+            told = "".join(traceback.format_tb(link.__traceback__)).rstrip()
+            traceback.clear_frames(link.__traceback__)
+            link.__traceback__ = None
+            if sys.version_info >= (3, 11):
+                link.add_note(f"Traceback:\n{told}")
     return error
-
-
-def _cleared(traceback: TracebackType | None) -> TracebackType | None:
-    first = traceback
-    while traceback is not None:
-        try:
-            traceback.tb_frame.clear()
-        except RuntimeError:  # still running
-            first = traceback.tb_next
-        traceback = traceback.tb_next
-    return first
