@@ -254,7 +254,7 @@ REGISTRY_HOST = re.compile(
 )
 MAY_NAME_THE_INDEX = {"Makefile", "README.md"}
 TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".txt", ".json", ".ipynb", ".cfg", ".js", ".css", ".html", ""}
-LEFT_OUT = {".git", ".venv", "node_modules", "site", "dist", "build", "runs", "checkpoints"}
+LEFT_OUT = {".git", ".venv", ".hypothesis", "node_modules", "site", "dist", "build", "runs", "checkpoints"}
 
 
 def text_files() -> Iterator[Path]:
