@@ -10,7 +10,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedllm.config import Limits, Options, parse_memory
 from embedllm.engine import Engine
@@ -19,8 +19,10 @@ from embedllm.pace import Pace
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
 from embedllm.worker import Worker
 
-CPU_SEQUENCES = 64
-CUDA_SEQUENCES = 256
+if TYPE_CHECKING:
+    from embedllm.kv_cache import KVGroup
+    from embedllm.models.load import Loaded
+
 BATCH_TOKENS = 8_192  # most per step; on a CPU the pace keeps them to what fits in STEP_SECONDS
 STEP_SECONDS = 0.150  # a CPU step is kept this short, so that Stop is felt and nobody waits long behind a prompt
 
@@ -41,8 +43,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes. weights: the model. kv_cache: all blocks. free: what the process may still take. `note` says why a
-    dtype or a size was chosen."""
+    """Bytes. weights: the model. kv_cache: all blocks. free: what the process may still take.
+
+    note: why a dtype was chosen, "" where it was asked for.
+    """
 
     weights: int
     kv_cache: int
@@ -97,7 +101,7 @@ def build(model: Any, options: Options) -> Core:
 
 def _from_object(model: Any, options: Options) -> Core:
     max_model_len = _auto(options.max_model_len, model.max_model_len)
-    max_num_seqs = _auto(options.max_num_seqs, CPU_SEQUENCES)
+    max_num_seqs = _auto(options.max_num_seqs, max_sequences("cpu"))
     limits = Limits(
         block_size=options.block_size,
         num_blocks=options.num_kv_blocks or 4_096,
@@ -133,7 +137,7 @@ def _from_object(model: Any, options: Options) -> Core:
 def _from_files(model: Any, options: Options) -> Core:
     import torch
 
-    from embedllm.kv_cache import KVCache, auto_num_blocks, free_memory
+    from embedllm.kv_cache import KVCache, free_memory
     from embedllm.models import hub
     from embedllm.models.load import load
     from embedllm.runner import Runner
@@ -143,69 +147,88 @@ def _from_files(model: Any, options: Options) -> Core:
         model, options.revision, options.token, progress=options.progress, code=options.trust_remote_code
     )
     tokenizer = _tokenizer(options, snapshot.path)
-    longest = None if options.max_model_len == "auto" else int(options.max_model_len)
     loaded = load(
         snapshot,
         dtype=options.dtype,
         device=device,
-        max_model_len=longest,
+        max_model_len=None if options.max_model_len == "auto" else int(options.max_model_len),
         progress=options.progress,
         trust_remote_code=options.trust_remote_code,
     )
-    group = loaded.kv_group
-    max_model_len = longest or loaded.max_model_len
-    max_num_seqs = _auto(options.max_num_seqs, CPU_SEQUENCES if device.type == "cpu" else CUDA_SEQUENCES)
-    num_blocks = options.num_kv_blocks
-    if num_blocks is None and options.kv_cache_memory == "auto":
-        num_blocks = auto_num_blocks(
-            group,
-            block_size=options.block_size,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            free=free_memory(),
-        )
-    elif num_blocks is None:
-        num_blocks = parse_memory(options.kv_cache_memory, free_memory()) // group.bytes_per_block(options.block_size)
-    if num_blocks * options.block_size < max_model_len:
-        max_model_len = _shrink(longest, num_blocks, options, group.bytes_per_token)
-    limits = Limits(
+    limits = _limits(loaded, options)
+    kv = KVCache(loaded.kv_group, limits.num_blocks, limits.block_size, device)
+    note = loaded.note  # the function below must not hold the weights
+    sizes = {
+        "weights": loaded.num_bytes,
+        "kv_cache": kv.num_bytes,
+        "kv_bytes_per_token": loaded.kv_group.bytes_per_token,
+    }
+    paced = device.type == "cpu" and options.max_batch_tokens == "auto" and options.chunked_prefill
+    return Core(
+        info=ModelInfo(
+            model=snapshot.name,
+            revision=snapshot.revision,
+            architecture=loaded.architecture,
+            max_model_len=limits.max_model_len,
+            vocab_size=loaded.vocab_size,
+            chat_template=tokenizer.chat_template if tokenizer is not None else None,
+            device=str(device),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+        ),
+        limits=limits,
+        tokenizer=tokenizer,
+        defaults=snapshot.defaults(),
+        eos_ids=snapshot.eos_ids,
+        runner=Runner(loaded, kv),
+        pace=Pace(STEP_SECONDS, limits.max_num_seqs, limits.max_batch_tokens) if paced else None,
+        memory=lambda: Memory(**sizes, free=free_memory(), note=note),
+    )
+
+
+def _limits(loaded: Loaded, options: Options) -> Limits:
+    """The engine's sizes for a loaded model. The context shrinks to what the cache holds, unless it was asked for."""
+    from embedllm.kv_cache import free_memory
+
+    group, max_model_len = loaded.kv_group, loaded.max_model_len
+    max_num_seqs = _auto(options.max_num_seqs, max_sequences(loaded.device.type))
+    num_blocks = choose_num_blocks(group, options, max_num_seqs, max_model_len, free_memory())
+    room = num_blocks * options.block_size
+    if room < max_model_len:
+        if options.max_model_len != "auto" or room < 2:
+            raise OutOfMemory(
+                f"max_model_len={max_model_len} needs {max_model_len * group.bytes_per_token:,} bytes of KV cache and "
+                f"there is room for {room} tokens: lower max_model_len or raise kv_cache_memory"
+            )
+        max_model_len = room
+    most = max(BATCH_TOKENS, max_num_seqs, 0 if options.chunked_prefill else max_model_len)
+    return Limits(
         block_size=options.block_size,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_batch_tokens=_auto(
-            options.max_batch_tokens,
-            max(BATCH_TOKENS, max_num_seqs, 0 if options.chunked_prefill else max_model_len),
-        ),
+        max_batch_tokens=_auto(options.max_batch_tokens, most),
         vocab_size=loaded.vocab_size,
         num_input_ids=loaded.num_input_ids,
         prefix_caching=options.prefix_caching,
         chunked_prefill=options.chunked_prefill,
     )
-    kv = KVCache(group, num_blocks, options.block_size, device)
-    runner = Runner(loaded, kv)
-    paced = device.type == "cpu" and options.max_batch_tokens == "auto" and options.chunked_prefill
-    info = ModelInfo(
-        model=snapshot.name,
-        revision=snapshot.revision,
-        architecture=loaded.architecture,
-        max_model_len=max_model_len,
-        vocab_size=loaded.vocab_size,
-        chat_template=tokenizer.chat_template if tokenizer is not None else None,
-        device=str(device),
-        dtype=str(loaded.dtype).removeprefix("torch."),
-    )
-    note = loaded.note  # the function below must not hold the weights
-    sizes = {"weights": loaded.num_bytes, "kv_cache": kv.num_bytes, "kv_bytes_per_token": group.bytes_per_token}
-    return Core(
-        info=info,
-        limits=limits,
-        tokenizer=tokenizer,
-        defaults=snapshot.defaults(),
-        eos_ids=snapshot.eos_ids,
-        runner=runner,
-        pace=Pace(STEP_SECONDS, max_num_seqs, limits.max_batch_tokens) if paced else None,
-        memory=lambda: Memory(**sizes, free=free_memory(), note=note),
+
+
+def max_sequences(device_type: str) -> int:
+    """What max_num_seqs="auto" means."""
+    return 64 if device_type == "cpu" else 256
+
+
+def choose_num_blocks(group: KVGroup, options: Options, max_num_seqs: int, max_model_len: int, free: int) -> int:
+    """Blocks of the cache: as asked, else by kv_cache_memory of what is `free` (bytes)."""
+    from embedllm.kv_cache import auto_num_blocks
+
+    if options.num_kv_blocks is not None:
+        return options.num_kv_blocks
+    if options.kv_cache_memory != "auto":
+        return parse_memory(options.kv_cache_memory, free) // group.bytes_per_block(options.block_size)
+    return auto_num_blocks(
+        group, block_size=options.block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len, free=free
     )
 
 
@@ -230,17 +253,6 @@ def _tokenizer(options: Options, folder: Any) -> TokenizerProtocol | None:
             raise InvalidRequest(f"tokenizer={options.tokenizer!r} holds no tokenizer files")
         return found
     return options.tokenizer  # type: ignore[no-any-return]  # None, or an object of the caller's
-
-
-def _shrink(asked: int | None, num_blocks: int, options: Options, bytes_per_token: int) -> int:
-    """A cache smaller than one full context: the context shrinks, unless it was asked for."""
-    room = num_blocks * options.block_size
-    if asked is not None or room < 2:
-        raise OutOfMemory(
-            f"max_model_len={asked} needs {(asked or 2) * bytes_per_token:,} bytes of KV cache and there is room for "
-            f"{room} tokens: lower max_model_len or raise kv_cache_memory"
-        )
-    return room
 
 
 def _auto(value: int | str, chosen: int) -> int:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedllm.config import Options, parse_memory
-from embedllm.core import CPU_SEQUENCES, CUDA_SEQUENCES
+from embedllm.config import Options
+from embedllm.core import choose_num_blocks, max_sequences
 from embedllm.errors import InvalidRequest, ModelFormatError, OutOfMemory, UnknownOption, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -218,7 +218,6 @@ def _listed_bytes(folder: Path) -> int:
 
 
 def _report(snapshot: Snapshot, size: _Size, asked: Options, dtype: torch.dtype, device: torch.device) -> PlanReport:
-    from embedllm.kv_cache import auto_num_blocks
     from embedllm.models.load import check_length, dtype_note
 
     group = size.kv_group(dtype)
@@ -231,20 +230,13 @@ def _report(snapshot: Snapshot, size: _Size, asked: Options, dtype: torch.dtype,
         None if asked.max_model_len == "auto" else int(asked.max_model_len), size.max_len, snapshot.name
     )
     per_block = group.bytes_per_block(asked.block_size)
-    if asked.num_kv_blocks is not None:
-        num_blocks = asked.num_kv_blocks if asked.num_kv_blocks * per_block <= left else 0
-    elif asked.kv_cache_memory != "auto":
-        budget = parse_memory(asked.kv_cache_memory, left)
-        num_blocks = budget // per_block if budget <= left else 0
-    else:
-        most = CPU_SEQUENCES if device.type == "cpu" else CUDA_SEQUENCES
-        num_seqs = most if asked.max_num_seqs == "auto" else int(asked.max_num_seqs)
-        try:
-            num_blocks = auto_num_blocks(
-                group, block_size=asked.block_size, max_num_seqs=num_seqs, max_model_len=length, free=left
-            )
-        except OutOfMemory:
-            num_blocks = 0
+    num_seqs = max_sequences(device.type) if asked.max_num_seqs == "auto" else int(asked.max_num_seqs)
+    try:
+        num_blocks = choose_num_blocks(group, asked, num_seqs, length, left)
+    except OutOfMemory:
+        num_blocks = 0
+    if num_blocks * per_block > left:
+        num_blocks = 0
     room = num_blocks * asked.block_size
     note = dtype_note(asked.dtype, size.config.dtype, dtype) if size.config is not None else ""
     return PlanReport(
