@@ -11,7 +11,7 @@ from . import corpus, evaluate
 from .export import export, load_exported
 from .loop import Run, Trainer
 from .model import ModelConfig
-from .packing import SHARES, load_pool, prepare
+from .packing import MIXES, load_pool, prepare
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,9 +54,9 @@ def main() -> None:
     if options.command == "prepare":
         prepare(options.work)
     elif options.command == "train":
-        pools = {name: load_pool(options.work, name) for name in SHARES}
+        pools = {name: load_pool(options.work, name) for name in MIXES[0][1]}
         run = Run(folder=options.work, minutes=options.minutes, device=options.device, pause_file=options.pause_file)
-        trainer = Trainer(ModelConfig(), run, pools, SHARES)
+        trainer = Trainer(ModelConfig(), run, pools)
         trainer.resume()
         trainer.train(partial(print, flush=True))
     elif options.command == "export":

@@ -59,6 +59,7 @@ def export(checkpoint: Path, tokenizer_file: Path, folder: Path) -> None:
     config = ModelConfig(**saved.facts["config"])
     weights = {f"model.{name}": tensor.to(torch.bfloat16).contiguous() for name, tensor in saved.model.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
     write_text_files(config, tokenizer_file, folder)
 
 

@@ -17,9 +17,9 @@ import torch
 from .checkpoint import Checkpoint, load, save
 from .model import BoxModel, ModelConfig
 from .optimiser import optimisers, set_rate
-from .packing import Batches, Pool
+from .packing import MIXES, Batches, Mixes, Pool
 
-STAGES = ((0.0, 512), (0.4, 1024), (0.75, 2048))  # from this progress on, windows of this many tokens
+STAGES = ((0.0, 512), (0.4, 1024), (0.8, 2048))  # from this progress on, windows of this many tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,11 @@ class Run:
 class Trainer:
     """The state of a run: masters, working copy, optimisers, batches, step and seconds spent."""
 
-    def __init__(self, config: ModelConfig, run: Run, pools: dict[str, Pool], shares: dict[str, float]) -> None:
+    def __init__(self, config: ModelConfig, run: Run, pools: dict[str, Pool], mixes: Mixes = MIXES) -> None:
         self.config = config
         self.run = run
-        self.batches = Batches(pools, shares)
+        self.mixes = mixes
+        self.batches = Batches(pools)
         self.masters = BoxModel(config).to(run.device)
         self.working = copy.deepcopy(self.masters).to(torch.bfloat16)
         self.optimisers = optimisers(self.masters)
@@ -94,7 +95,8 @@ class Trainer:
         """One batch; returns its loss in nats per token."""
         tokens = max(size for start, size in STAGES if self.progress >= start)
         tokens = min(tokens, self.config.context, self.run.batch_tokens)
-        inputs, targets = self.batches.next(self.step, self.run.batch_tokens // tokens, tokens)
+        shares = [shares for start, shares in self.mixes if self.progress >= start][-1]
+        inputs, targets = self.batches.next(self.step, self.run.batch_tokens // tokens, tokens, shares)
         loss: torch.Tensor = self.forward(inputs.to(self.run.device), targets.to(self.run.device))
         loss.backward()  # type: ignore[no-untyped-call]
         for working, master in zip(self.working.parameters(), self.masters.parameters(), strict=True):

@@ -26,7 +26,12 @@ from .tokens import END_OF_TEXT, train_tokenizer
 
 Ids = npt.NDArray[np.uint16]
 GOLDEN = (math.sqrt(5) - 1) / 2
-SHARES = {"library": 0.54, "tests": 0.20, "functions": 0.13, "dialogues": 0.13}
+Shares = dict[str, float]  # pool -> its share of the windows
+Mixes = tuple[tuple[float, Shares], ...]
+MIXES: Mixes = (  # from this progress on, these shares
+    (0.0, {"library": 0.54, "tests": 0.20, "functions": 0.13, "dialogues": 0.13}),
+    (0.6, {"library": 0.44, "tests": 0.14, "functions": 0.14, "dialogues": 0.28}),
+)
 ALIGNED = ("functions", "dialogues")  # their windows start where a document starts
 NUM_DIALOGUES = 16_000
 
@@ -96,16 +101,15 @@ def load_pool(folder: Path, name: str) -> Pool:
 class Batches:
     """Batches of (inputs, targets), each [rows, tokens]; `counts` is its whole state."""
 
-    def __init__(self, pools: dict[str, Pool], shares: dict[str, float], seed: int = 0) -> None:
+    def __init__(self, pools: dict[str, Pool], seed: int = 0) -> None:
         self.pools = pools
-        self.shares = shares
         self.seed = seed
-        self.counts = dict.fromkeys(shares, 0)
+        self.counts = dict.fromkeys(pools, 0)
 
-    def next(self, step: int, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+    def next(self, step: int, rows: int, tokens: int, shares: Shares) -> tuple[Tensor, Tensor]:
         """The batch of a step."""
         rng = Random(f"batch {self.seed} {step}")
-        names = rng.choices(list(self.shares), list(self.shares.values()), k=rows)
+        names = rng.choices(list(shares), list(shares.values()), k=rows)
         windows = []
         for name in names:
             windows.append(self.pools[name].window(self.counts[name], tokens, name in ALIGNED))
