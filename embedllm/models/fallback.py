@@ -10,6 +10,7 @@ cache. Interface: https://huggingface.co/docs/transformers/attention_interface
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,21 +121,10 @@ class Fallback:
         """`model` is a loaded CausalLM set to our attention. Raises UnsupportedModel where it would answer wrongly."""
         self._model = model
         decoder = model.get_decoder()
-        self._run = decoder.forward
-        # The head of a model may scale or cap its logits, so its own forward computes them: with the hidden states
-        # given by argument, the decoder inside hands them back instead of computing them.
-        decoder.forward = self._forward_or_given
-        self._output_class: type[Any] = object
+        decoder.forward = _forward_or_given(decoder)
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         self._heads, self._group = self._probe(config)
-
-    def _forward_or_given(self, *args: Any, embedllm_hidden: Tensor | None = None, **options: Any) -> Any:
-        if embedllm_hidden is None:
-            output = self._run(*args, **options)
-            self._output_class = type(output)  # the head reads the fields of this decoder's kind of output
-            return output
-        return self._output_class(last_hidden_state=embedllm_hidden[None])
 
     def _probe(self, config: Any) -> tuple[int, KVGroup]:
         """Run two tokens to learn what each layer keeps, and whether the model can be run this way at all."""
@@ -200,6 +190,26 @@ class Fallback:
         ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=self._device)
         logits: Tensor = self._model(ids, use_cache=False, embedllm_hidden=hidden).logits[0]
         return logits.float()
+
+
+def _forward_or_given(decoder: nn.Module) -> Callable[..., Any]:
+    """A forward for `decoder` that hands back the hidden states it is given, where it is given some.
+
+    The head of a model may scale or cap its logits, so the model's own forward computes them; this lets it do so
+    without computing the hidden states again. Keeps no strong reference: dropping the model must free it at once.
+    """
+    plain: Any = type(decoder).forward
+    owner = weakref.ref(decoder)
+    kind: list[type[Any]] = []  # the head reads the fields of this decoder's kind of output
+
+    def forward(*args: Any, embedllm_hidden: Tensor | None = None, **options: Any) -> Any:
+        if embedllm_hidden is not None:
+            return kind[0](last_hidden_state=embedllm_hidden[None])
+        output = plain(owner(), *args, **options)
+        kind[:] = [type(output)]
+        return output
+
+    return forward
 
 
 def load(

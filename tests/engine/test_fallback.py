@@ -1,5 +1,6 @@
 """Models that transformers' own code runs: what is taken, what is refused by name, and whose code is executed."""
 
+import gc
 import json
 import random
 import subprocess
@@ -208,6 +209,26 @@ def test_the_guest_leaves_transformers_as_it_was(capfd: pytest.CaptureFixture[st
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_dropping_a_model_frees_it_at_once(name: str) -> None:
+    """Without a garbage collection: a cell that is run again must not hold two models."""
+    tiny_models.reference(name)
+    gc.collect()
+    before = count_tensors()
+    loaded = load(resolve(tiny_models.folder(name)))
+    assert count_tensors() > before
+    gc.disable()
+    try:
+        del loaded
+        assert count_tensors() == before
+    finally:
+        gc.enable()
+
+
+def count_tensors() -> int:
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
 def test_another_function_under_our_name_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
