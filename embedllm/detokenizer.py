@@ -199,8 +199,8 @@ class Detokenizer:
         if self._stream is None or self._ended:
             return ""
         self._ended = True
-        text, stop = self._scan(self._stream.finish())
-        return text if stop is not None else text + self._pending
+        text, _ = self._scan(self._stream.finish())
+        return text + self._pending
 
     def _scan(self, new: str) -> tuple[str, str | None]:
         """What of the pending text and `new` can be handed out, and the stop string it contains.

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embedllm.chat import Chat, ChatTemplate, render
@@ -277,13 +277,18 @@ def test_contents_stay_text(text: str, source: str, ours: Tokenizer) -> None:
 
 @given(
     st.lists(
-        st.text(st.sampled_from("<|im_end>s/ t\n"), max_size=14)
-        | st.sampled_from(["<|im_end|>", "<|im", "_end|>", "<", "|>"]),
+        st.one_of(
+            st.text(st.sampled_from("<|im_end>s/ t\n"), max_size=14),
+            st.sampled_from(["<|im_end|>", "<|im", "_end|>", "<", "|>"]),
+        ),
         min_size=1,
         max_size=5,
     )
 )
-@settings(max_examples=300)
+@example(["<", "|im_", "end|>"])
+@example(["<|im_end|", ">"])
+@example([" <", "|im_end|> "])
+@settings(max_examples=150)
 def test_parts_cannot_be_put_together_to_a_control_token(parts: list[str]) -> None:
     """Texts next to each other, and next to what a template writes around them."""
     found = tokenizer("byte-level")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from embedllm.detokenizer import MAX_RUN, Detokenizer, TextStream
 from embedllm.params import SamplingParams
@@ -141,6 +142,21 @@ def test_bytes_that_never_make_a_character_are_held_briefly_and_cost_little(kind
     start = time.thread_time()
     assert not any(silent.push(next(iter(found.special_ids))) for _ in range(4_000))
     assert time.thread_time() - start < 0.2
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+def test_a_character_after_any_number_of_bad_bytes_is_whole(kind: str) -> None:
+    found = tokenizer(kind)
+    spelled = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("🙈")[0][0]
+    names = list(spelled) if kind == "byte-level" else [f"<0x{byte:02X}>" for byte in "🙈".encode()]
+    monkey = [i for name in names if (i := found._backend.token_to_id(name)) is not None]
+    assert len(monkey) == 4
+    for bad in range(70):
+        ids = [monkey[3]] * bad + monkey * 2
+        stream = found.decode_stream()
+        text = "".join(map(stream.push, ids)) + stream.finish()
+        assert text == found.decode(ids)
+        assert text.endswith("🙈🙈") is (kind == "byte-level" or bad == 0)
 
 
 # ---- stop strings --------------------------------------------------------------------------------------------------

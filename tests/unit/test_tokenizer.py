@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, processors
 
 from embedllm.errors import InvalidRequest, ModelFormatError
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
@@ -214,6 +215,17 @@ def test_pieces_hold_control_tokens_only_where_they_are_ids(kind: str) -> None:
         assert found.decode(ids, False).replace(" ", "") == (names[1] + plain + names[2] + plain).replace(" ", "")
     with pytest.raises(InvalidRequest, match="U\\+FDD0"):
         found.encode_pieces(["a\ufdd01\ufdd1"])
+
+
+def test_a_control_token_that_merges_would_build_stays_text() -> None:
+    pieces = ["<unk>", *"</s>a", "</", "s>", "</s>", "</s>a"]
+    merges = [("<", "/"), ("s", ">"), ("</", "s>"), ("</s>", "a")]
+    backend = Backend(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>"))
+    backend.add_special_tokens(["<unk>", "</s>"])
+    found = Tokenizer(backend, special_tokens={"eos_token": "</s>"})
+    end = pieces.index("</s>")
+    assert found.encode("</s>a") == [end, pieces.index("a")]
+    assert found.encode_pieces(["</s>a", end]) == [pieces.index("</"), pieces.index("s>"), pieces.index("a"), end]
 
 
 @given(st.lists(st.one_of(st.integers(0, 2), st.text(st.characters(codec="utf-8"), max_size=12)), max_size=8))
