@@ -7,6 +7,7 @@ Invariant: nothing but the engine thread is measured, so a busy machine does not
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class _Clocked:
         self.model = model
         self.steps: list[tuple[int, float]] = []  # (sequences in the step, CPU seconds since the last forward ended)
         self._left: float | None = None
+        self.gate = threading.Event()  # the first step waits for it: all requests are there when the second begins
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -83,6 +85,7 @@ class _Clocked:
         inner = self.model.runner(limits)
 
         def forward(plan: Any, between_layers: Any = None) -> Any:
+            self.gate.wait()
             entered = time.thread_time()
             if self._left is not None:
                 self.steps.append((len(plan.entries), entered - self._left))
@@ -103,7 +106,10 @@ def _point(count: int, num_output: int) -> Point:
     model = _Clocked(embedllm.testing.HashLM(eos_every=0))
     with embedllm.LLM(model, num_kv_blocks=4_096, max_num_seqs=max(RUNNING), progress=False) as llm:
         prompts = [[rng.randrange(97) for _ in range(PROMPT)] for _ in range(count)]
-        llm.generate(prompts, max_tokens=num_output)
+        generations = [llm.submit(prompt, max_tokens=num_output) for prompt in prompts]
+        model.gate.set()
+        for generation in generations:
+            generation.result()
     full = [seconds for entries, seconds in model.steps if entries == count]
     steady = full[2:] or full  # the first ones still carry the arrivals
     return Point(count, len(steady), median(steady))

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from embedllm.bench.engines import MAX_SEQS, Engine, Run
+from embedllm.bench.engines import MAX_SEQS, WARM_UP, Engine, Run
 from embedllm.bench.workloads import Workload
 from embedllm.errors import MissingDependency
 
@@ -103,7 +103,7 @@ class HFContinuous(Engine):
             generation_config=generation, continuous_batching_config=batching, warmup=True
         )
         with context as batcher:  # starting it and warming it up is not timed
-            self._go(batcher, Workload("first", work.jobs[:1]))
+            self._go(batcher, Workload("first", WARM_UP))  # not of the work: its cache keeps prefixes too
             began = time.perf_counter()
             results = self._go(batcher, work)
             seconds = time.perf_counter() - began

@@ -22,6 +22,8 @@ from embedllm.bench.report import Comparison, Entry, envelope, machine
 from embedllm.bench.workloads import Workload, workload
 from embedllm.errors import InvalidRequest, MissingDependency, UnsupportedModel
 
+BOX = Path(__file__).resolve().parents[1] / "demo" / "model"
+
 Say = Callable[[str], None]
 
 
@@ -106,7 +108,7 @@ def _open(
 
     engines: list[Engine] = [Embedllm(model, args.dtype, longest)]
     skipped: dict[str, str] = {}
-    folder = Path(model) if model is not None else Path(embedllm.__file__).parent / "demo" / "model"
+    folder = Path(model) if model is not None else BOX
     shared: list[Any] = []  # the transformers model, loaded once
     for name in against:
         try:

@@ -99,7 +99,7 @@ def test_no_import_cycles() -> None:
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join((*path[path.index(module) :], module))
         if module not in done:
-            for target in sorted(graph.get(module, ()) - {module}):
+            for target in sorted(graph.get(module, set()) - {module}):
                 visit(target, (*path, module))
             done.add(module)
 
