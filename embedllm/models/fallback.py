@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from embedllm import ops, process
 from embedllm.batch import Batch
-from embedllm.errors import EngineError, ModelFormatError, UnsupportedModel
+from embedllm.errors import EmbedLLMError, EngineError, ModelFormatError, UnsupportedModel
 from embedllm.kv_cache import KVCache, KVGroup
 from embedllm.models import loader
 from embedllm.models.checkpoint import open_checkpoint
-from embedllm.models.config import saved_dtype
+from embedllm.models.config import MAX_LAYERS, saved_dtype
 from embedllm.models.fields import Fields
 from embedllm.models.hub import Snapshot
-from embedllm.models.load import Loaded, check_length, dtype_note
+from embedllm.models.load import Loaded, check_length, check_room, dtype_note
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -247,7 +247,7 @@ def _load(
 ) -> Loaded:
     where = str(snapshot.path / "config.json")
     _check_raw(Fields(snapshot.config, where), trusted)
-    open_checkpoint(snapshot.path)  # safetensors or a refusal, before anything of the model is imported
+    checkpoint = open_checkpoint(snapshot.path)  # safetensors or a refusal, before anything of the model is imported
     from transformers import AutoModelForCausalLM
 
     config = _read_config(snapshot, trusted)
@@ -255,6 +255,7 @@ def _load(
     _check_config(where, text)
     saved = saved_dtype(Fields(snapshot.config, where))
     chosen = loader.choose_dtype(dtype, saved, device)
+    check_room(checkpoint.num_values * chosen.itemsize, device, snapshot.name)
     name = process.register_attention(attention)
     with process.quiet_transformers():
         try:
@@ -268,8 +269,12 @@ def _load(
                 trust_remote_code=trusted,
                 output_loading_info=True,
             )
-        except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
-            raise UnsupportedModel(f"{snapshot.name}: transformers cannot run it as asked ({error})") from error
+        except (EmbedLLMError, MemoryError):
+            raise
+        except RuntimeError as error:  # how it reports shapes that do not match
+            raise ModelFormatError(f"{snapshot.path}: the weights do not fit config.json ({error})") from error
+        except Exception as error:  # a model's constructor fails in its own way on sizes that make no sense
+            raise UnsupportedModel(f"{snapshot.path}: transformers cannot build it ({error!r})") from error
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
@@ -299,8 +304,18 @@ def _check_raw(fields: Fields, trusted: bool) -> None:
         raise UnsupportedModel(
             f"{fields.where}: the model brings its own Python code; read it, then pass trust_remote_code=True to run it"
         )
+    _check_counts(fields)
     if fields.raw.get("quantization_config"):
         raise UnsupportedModel(f"{fields.where}: quantization_config is set, and embedllm does not compute it")
+
+
+def _check_counts(fields: Fields) -> None:
+    """No count of layers beyond reason, at any depth: config classes make lists as long as they are told to."""
+    for name, value in fields.raw.items():
+        if isinstance(value, dict):
+            _check_counts(Fields(value, f"{fields.where}: {name}"))
+        elif "layer" in name and isinstance(value, int) and value > MAX_LAYERS:
+            fields.integer(name, 0, MAX_LAYERS)
 
 
 def _known_to_transformers(model_type: str) -> bool:
@@ -328,9 +343,10 @@ def _check_config(where: str, config: Any) -> None:
         _check_class(model_class)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{where}: an encoder with a decoder; causal language models can be run")
-    for name in ("num_hidden_layers", "max_position_embeddings", "vocab_size"):
-        if not isinstance(getattr(config, name, None), int):
-            raise UnsupportedModel(f"{where}: no {name}")
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings", "vocab_size"):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedModel(f"{where}: {name} is {value!r}, expected an integer of at least 1")
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     if foreign:
         raise UnsupportedModel(f"{where}: layers of type {', '.join(foreign)}; full and sliding attention can be run")

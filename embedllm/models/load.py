@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from embedllm.errors import InvalidRequest, UnsupportedModel
+from embedllm.errors import InvalidRequest, OutOfMemory, UnsupportedModel
 from embedllm.models.config import ModelConfig
 from embedllm.models.hub import Snapshot
 
@@ -92,7 +92,8 @@ def load(
     max_model_len: by default what the model was made for.
     trust_remote_code: run Python files that the model brings; without it they are never run.
 
-    Raises ModelFormatError for broken files, UnsupportedModel naming what is missing, InvalidRequest for an option.
+    Raises ModelFormatError for broken files, UnsupportedModel naming what is missing, InvalidRequest for an option,
+    OutOfMemory before anything is read where the weights cannot fit.
     """
     try:
         config = ModelConfig.from_dict(snapshot.config, str(snapshot.path / "config.json"))
@@ -129,6 +130,7 @@ def _load_native(
     chosen = loader.choose_dtype(dtype, config.dtype, device)
     length = check_length(max_model_len, config.max_len, snapshot.name)
     checkpoint = open_checkpoint(snapshot.path)
+    check_room(checkpoint.num_values * chosen.itemsize, device, snapshot.name)
     config = loader.untie_if_saved_apart(config, checkpoint)
     decoder = Decoder(config, dtype=chosen, device=device, max_model_len=length)
     loader.fill(decoder, config, checkpoint, chosen, device, progress)
@@ -154,6 +156,25 @@ def check_length(max_model_len: int | None, max_len: int, name: str) -> int:
             f"max_model_len={max_model_len!r}: {name} was made for 1 to {max_len:,} tokens (max_position_embeddings)"
         )
     return max_model_len
+
+
+def check_room(num_bytes: int, device: torch.device, name: str) -> None:
+    """Raises OutOfMemory where the weights cannot fit: the system would grant the memory and later kill the process."""
+    import torch
+
+    from embedllm.kv_cache import free_memory
+
+    if device.type == "cpu":
+        free = free_memory()
+    elif device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0])
+    else:
+        return
+    if num_bytes > free:
+        raise OutOfMemory(
+            f"the weights of {name} take {num_bytes / 2**30:,.1f} GiB of {free / 2**30:,.1f} GiB free ({device}): "
+            "close other models, or choose a smaller one or a narrower dtype"
+        )
 
 
 def dtype_note(asked: object, saved: str, chosen: torch.dtype) -> str:

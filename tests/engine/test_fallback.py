@@ -14,7 +14,7 @@ import transformers
 
 import embedllm
 from embedllm import process
-from embedllm.errors import EngineError, InvalidRequest, ModelError, ModelFormatError, UnsupportedModel
+from embedllm.errors import EngineError, InvalidRequest, ModelError, ModelFormatError, OutOfMemory, UnsupportedModel
 from embedllm.models import fallback
 from embedllm.models.hub import resolve
 from embedllm.models.load import load
@@ -193,6 +193,25 @@ def test_names_must_balance(tmp_path: Path) -> None:
     save_file(tensors | {"transformer.extra": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(ModelFormatError, match="unexpected keys"):
         load(resolve(folder))
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_layer": 10**18}, {"n_embd": 68}, {"vocab_size": 10**12}, {"n_head": 0}, {"n_head": "4"}]
+)
+def test_hostile_configs_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny_models.variant("gpt2", tmp_path / "m", lambda raw: raw.update(change))
+    with pytest.raises(ModelError, match=str(folder)):
+        load(resolve(folder))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weights_that_cannot_fit_are_not_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = resolve(tiny_models.folder(name))
+    monkeypatch.setattr("embedllm.kv_cache.free_memory", lambda: 100_000)
+    monkeypatch.setattr("embedllm.models.loader.stream", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    with pytest.raises(OutOfMemory, match=r"take 0\.0 GiB"):
+        load(snapshot)
 
 
 def test_length_is_limited_by_learned_positions() -> None:
