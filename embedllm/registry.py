@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from embedllm.core import Core
     from embedllm.worker import Worker
 
-EXIT_SECONDS = 1.5  # all engines together, at the end of the process
+EXIT_SECONDS = 1.0  # all engines together, at the end of the process
 POLL_SECONDS = 0.01  # between two looks whether another thread has loaded what this one wants
 
 if "_lock" not in globals():  # once, also where this module is reloaded

@@ -119,7 +119,7 @@ def test_blocks_of_a_shared_prefix_stay_cached_when_a_guest_fails() -> None:
 
 
 def test_neighbours_that_hit_the_blocks_of_a_failing_request() -> None:
-    """The second one found the first one's blocks before the first one failed: they are right, only its logits were not."""
+    """It found the blocks of one that failed later; they are right, only the logits of the other were not."""
     lab = Lab()
     spoil(lab, {0}, math.nan)
     first = lab.submit(prompt_of(1, 60), 6)
