@@ -83,6 +83,7 @@ def show(llm: LLM, paper: Paper, live: bool) -> None:
     paper.write(paper.paint("─" * min(paper.width, 62), DIM))
     for name, value in rows:
         paper.write(f"  {paper.paint(name.ljust(13), DIM)} {paper.paint(value, BOLD)}")
+    paper.write(paper.paint("\nnext: embedllm chat, embedllm generate TEXT, embedllm bench, or LLM() in Python", DIM))
 
 
 def submit(llm: LLM, ask: Ask) -> Generation:

@@ -229,3 +229,38 @@ def test_a_closed_pipe_ends_quietly(model: str) -> None:
         err = process.stderr.read()
         assert process.wait(60) == cli.BROKEN_PIPE
     assert err == ""
+
+
+# ---- the demo -------------------------------------------------------------------------------------------------
+
+BOX = Path(embedllm.__file__).parent / "demo" / "model"
+needs_box = pytest.mark.skipif(not (BOX / "model.safetensors").exists(), reason="the model in the box is not there")
+
+
+@needs_box
+def test_demo_prints_answers_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo"]) == 0  # the output is no terminal, so nothing is drawn
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    for name in ("length", "queue", "chat", "tool call", "sample 3/3", "pop"):
+        assert f"\n{name}  " in out
+    figures = {line[2:15].strip(): line[16:] for line in out.split("────\n")[-1].splitlines() if line.startswith("  ")}
+    assert figures["requests"] == "10 with 12 samples, up to 8 at once"
+    assert figures.keys() >= {"speed", "first token", "KV waste", "prefix hits", "preemptions"}
+    assert int(figures["prefix hits"].split()[0]) > 0
+    assert 0 < float(figures["KV waste"].split("%")[0]) < 50
+
+
+@needs_box
+def test_demo_draws_over_one_region_and_takes_it_away() -> None:
+    from embedllm.demo.show import Paper, show
+
+    file = io.StringIO()
+    with embedllm.LLM(num_kv_blocks=156, block_size=8, max_num_seqs=8, progress=False) as llm:
+        show(llm, Paper(file, 79, colour=False), live=True)
+    drawn, _, rest = file.getvalue().rpartition("\x1b[?25h")
+    assert drawn.startswith("\x1b[?25l") and "\x1b" not in rest
+    frames = drawn.split("F")[:-1]
+    assert len(frames) >= 2
+    for line in drawn.replace("\x1b[K", "").split("\n"):
+        assert len(line.split("F")[-1]) <= 79
