@@ -114,6 +114,8 @@ class Engine:
                 raise QueueFull(f"{self.limits.max_queued} requests wait already; wait for some to finish")
             self.limits.check_fits(len(request.prompt), request.max_tokens, self.scheduler.num_pinned)
             live.samples = [self._new_sample(live, index) for index in range(request.params.n)]
+            if request.params.deadline is not None:
+                self._watch_deadline(request.submitted + request.params.deadline, request.id)
         except Exception as error:
             self._end(live, error)
             return
@@ -122,8 +124,6 @@ class Engine:
         first.forks = [sample.sequence for sample in live.samples[1:]]
         self._samples.update((sample.sequence.id, sample) for sample in live.samples)
         self.metrics.prompt_tokens += len(request.prompt)
-        if request.params.deadline is not None:
-            self._watch_deadline(request.submitted + request.params.deadline, request.id)
         self.scheduler.add(first)
 
     def _new_sample(self, live: Live, index: int) -> Sample:
@@ -312,6 +312,7 @@ class Engine:
         if sequence.finish_reason is not None:
             update.finish_reason, update.stop_reason = sequence.finish_reason, sequence.stop_reason
             del self._samples[sequence.id]
+            self._readout.forget(sequence.id)
             live.num_open -= 1
             if live.num_open == 0:
                 self._end(live, None)
@@ -344,6 +345,7 @@ class Engine:
         self._output.updates += [Update(request.id, s.index, "", [], None, reason) for s in open_samples]
         self._output.ended.append(Ended(request.id, live.usage(), timing, live.prompt_logprobs, error))
         for sample in open_samples:
+            self._readout.forget(sample.sequence.id)
             self.scheduler.finish(sample.sequence, reason)
 
     def _watch_deadline(self, deadline: float, request_id: int) -> None:

@@ -35,6 +35,7 @@ class Readout:
         self._eos_ids = tuple(eos_ids)
         self._logits_of = logits_of
         self._bound: list[tuple[int, int] | None] = [None] * limits.max_num_seqs  # row -> (sequence id, epoch)
+        self._rows: dict[int, int] = {}  # sequence id -> the row it was last bound to
 
     def read(self, plan: Plan, output: ModelOutput, samples: Mapping[int, Sample]) -> Reading:
         """Choose the next token of each entry that has reached its last known one. `samples` are by sequence id."""
@@ -75,6 +76,15 @@ class Readout:
             [list(word) for word in request.bad_words],
         )
         self._bound[entry.row] = (entry.sequence_id, entry.epoch)
+        self._rows[entry.sequence_id] = entry.row
+
+    def forget(self, sequence_id: int) -> None:
+        """Hold nothing more of a sequence that has ended: its parameters may hold much of its caller's."""
+        row = self._rows.pop(sequence_id, None)
+        bound = self._bound[row] if row is not None else None
+        if row is not None and bound is not None and bound[0] == sequence_id:
+            self._sampler.release(row)
+            self._bound[row] = None
 
     def _read_prompts(self, plan: Plan, hidden: Any, samples: Mapping[int, Sample], reading: Reading) -> None:
         offset = 0

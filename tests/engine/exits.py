@@ -13,6 +13,7 @@ import asyncio
 import atexit
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -178,6 +179,14 @@ def during_a_load() -> None:
     assert inside.wait(5)
 
 
+def terminated() -> None:
+    """SIGTERM does what it does to any process: no handler of ours is in its way."""
+    KEPT.append(busy())
+    mark()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+
+
 def a_long_step() -> None:
     """Longer than anybody waits at exit, and not to be left in between."""
     model = Hooked()
@@ -212,7 +221,7 @@ def run_forked(name: str) -> bool:
         os.close(writing)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         gone = time.monotonic()
-        over, ended = map(float, os.read(reading, 100).split())
+        over, ended = map(float, [*os.read(reading, 100).split(), gone][:2])
         os.close(reading)
         out.seek(0)
         err.seek(0)

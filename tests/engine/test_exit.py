@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ SCENES = {  # what stdout holds
     "in_a_cycle_with_a_finalizer": "",
     "during_a_load": "",
     "a_long_step": "",
+    "terminated": "",
 }
 SECONDS = 2.0
 pytestmark = [
@@ -61,7 +63,7 @@ def test_exit(scene: str, endings: dict[str, Any]) -> None:
         assert found["stderr"].strip().splitlines()[-1] == "ZeroDivisionError: this one is meant"
         assert found["stderr"].count("Traceback") == 1
     else:
-        assert (found["code"], found["stderr"]) == (0, "")
+        assert (found["code"], found["stderr"]) == (-signal.SIGTERM if scene == "terminated" else 0, "")
     assert found["stdout"] == SCENES[scene]
     assert found["engines"] <= SECONDS
     assert found["process"] <= 2 * endings["nothing"]["process"] + SECONDS  # and leaves nothing to take apart
