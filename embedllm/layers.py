@@ -12,24 +12,46 @@ from torch import Tensor
 from embedllm import ops
 from embedllm.batch import round_rows
 from embedllm_kernels import reference
+from embedllm_kernels.cpu import norm
 from embedllm_kernels.cpu.linear import Weight
 
 Linear = Weight
 
 
-class MLP:
-    """down(act(gate) · up)."""
+class Norm:
+    """RMS norm over the last dimension, or of each head with a weight of its own."""
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
-        self.gate_up, self.down, self.activation = gate_up, down, activation
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        """weight [n], or [heads, n] for inputs [..., heads, n]."""
+        self.per_head, self.eps = weight.dim() == 2, eps
+        self.weight = weight.float() if self.per_head else norm.prepare(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        run = norm.rms_norm_each if self.per_head else norm.rms_norm
+        return run(x, self.weight, self.eps)
+
+
+class MLP:
+    """down(act(gate) · up). Gate and up are two products: the activation and the multiplication are fused into them."""
+
+    def __init__(
+        self, gate_up: Tensor, down: Tensor, activation: str, biases: tuple[Tensor | None, Tensor | None], pack: bool
+    ) -> None:
+        """gate_up [2 · inner, hidden] = [gate; up], down [hidden, inner], and their biases."""
+        inner = len(gate_up) // 2
+        bias = biases[0]
+        self.gate = Linear(gate_up[:inner], None if bias is None else bias[:inner], pack)
+        self.up = Linear(gate_up[inner:], None if bias is None else bias[inner:], pack)
+        self.down = Linear(down, biases[1], pack)
+        self.activation = activation
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [tokens, hidden] → [tokens, hidden], plus the residual where one is given."""
-        return self.down(ops.gated(self.gate_up(x), self.activation), residual)
+        return self.down(self.up(x, factor=self.gate(x, activation=self.activation)), residual)
 
     @property
     def linears(self) -> list[Linear]:
-        return [self.gate_up, self.down]
+        return [self.gate, self.up, self.down]
 
 
 class Experts:

@@ -7,7 +7,6 @@ Owns that choice and what has to be prepared once per step. Knows no model. Inva
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from embedllm.batch import Batch
@@ -15,24 +14,8 @@ from embedllm.kv_cache import KVCache
 from embedllm_kernels import reference
 from embedllm_kernels.cpu import attention as cpu_attention
 
-activate = reference.activate
 route = reference.route
 soft_cap = reference.soft_cap
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """reference.rms_norm. weight is float32 [n] or [heads, n]; x [..., n]."""
-    if weight.dim() == 1:
-        if x.dtype is torch.float32:
-            return F.rms_norm(x, weight.shape, weight, eps)
-        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
-    return F.rms_norm(x.float(), weight.shape[-1:], None, eps).mul_(weight).to(x.dtype)
-
-
-def gated(gate_up: Tensor, activation: str) -> Tensor:
-    """reference.gated."""
-    gate, up = gate_up.chunk(2, -1)
-    return activate(gate, activation).mul_(up)
 
 
 def angles(positions: Tensor, frequencies: Tensor, amplitude: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

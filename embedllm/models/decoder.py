@@ -17,7 +17,7 @@ from embedllm import ops
 from embedllm.batch import Batch
 from embedllm.errors import EngineError, ModelFormatError
 from embedllm.kv_cache import KVCache, KVGroup
-from embedllm.layers import MLP, Experts, Head, Linear
+from embedllm.layers import MLP, Experts, Head, Linear, Norm
 from embedllm.models.config import Layer, ModelConfig
 from embedllm.models.rope import Rope
 from embedllm.models.weights import Shape, shapes
@@ -32,24 +32,26 @@ class Block:
         def linear(name: str) -> Linear:
             return Linear(take.one(f"{name}.weight"), take.maybe(f"{name}.bias"), pack)
 
-        def norm(name: str) -> Tensor | None:
+        def weight_of(name: str) -> Tensor | None:
             weight = take.maybe(f"{name}.weight")
             return None if weight is None else weight.float() + config.norm_offset
+
+        def norm(name: str) -> Norm | None:
+            weight = weight_of(name)
+            return None if weight is None else Norm(weight, config.norm_eps)
 
         self.spec = spec
         self.attn_norm, self.post_attn_norm = norm("attn_norm"), norm("post_attn_norm")
         self.mlp_norm, self.post_mlp_norm = norm("mlp_norm"), norm("post_mlp_norm")
         self.qkv, self.o = linear("qkv"), linear("o")
-        self.qk_norm = _qk_norm(config, norm("q_norm"), norm("k_norm"))
+        self.qk_norm = _qk_norm(config, weight_of("q_norm"), weight_of("k_norm"))
         self.mlp: MLP | Experts
         if spec.moe is None:
-            self.mlp = MLP(linear("gate_up"), linear("down"), config.activation)
+            biases = take.maybe("gate_up.bias"), take.maybe("down.bias")
+            self.mlp = MLP(take.one("gate_up.weight"), take.one("down.weight"), config.activation, biases, pack)
         else:
             weights = zip(take.one("experts.gate_up"), take.one("experts.down"), strict=True)
-            experts = [
-                MLP(Linear(gate_up, None, pack), Linear(down, None, pack), config.activation)
-                for gate_up, down in weights
-            ]
+            experts = [MLP(gate_up, down, config.activation, (None, None), pack) for gate_up, down in weights]
             self.mlp = Experts(linear("router"), experts, spec.moe.num_chosen, spec.moe.renormalise)
 
     @property
@@ -57,13 +59,14 @@ class Block:
         return [self.qkv, self.o, *self.mlp.linears]
 
 
-def _qk_norm(config: ModelConfig, q: Tensor | None, k: Tensor | None) -> tuple[Tensor, ...]:
-    """Per head: one weight [heads + kv_heads, head_dim] for both; full width: q's and k's; without: ()."""
+def _qk_norm(config: ModelConfig, q: Tensor | None, k: Tensor | None) -> tuple[Norm, ...]:
+    """Per head: one norm with a weight [heads + kv_heads, head_dim] for both; full width: q's and k's; without: ()."""
     if q is None or k is None:
         return ()
     if config.qk_norm == "full":
-        return q, k
-    return (torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1))),)
+        return Norm(q, config.norm_eps), Norm(k, config.norm_eps)
+    both = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
+    return (Norm(both, config.norm_eps),)
 
 
 class Decoder:
@@ -96,7 +99,7 @@ class Decoder:
         self._blocks: dict[int, Block] = {}
         self._layers: list[Block] = []  # all of them, in order, once finished
         self._embed: Tensor | None = None
-        self._norm: Tensor | None = None
+        self._norm: Norm | None = None
         self._head: Head | None = None
         ropes = {layer.rope for layer in config.layers if layer.rope is not None}
         self._frequencies = {rope: rope.frequencies(self.max_model_len).to(self.device) for rope in ropes}
@@ -165,7 +168,7 @@ class Decoder:
         config, take = self.config, _Shelf(self._waiting, "")
         self._layers = [self._blocks[index] for index in range(config.num_layers)]
         self._embed = take.one("embed.weight")
-        self._norm = take.one("norm.weight").float() + config.norm_offset
+        self._norm = Norm(take.one("norm.weight").float() + config.norm_offset, config.norm_eps)
         head = self._embed if config.tied else take.one("head.weight")
         self._head = Head(Linear(head, None, self._pack), config.logits_divisor, config.logits_softcap)
 
@@ -189,9 +192,9 @@ class Decoder:
                 between_layers()
             self._attend(block, index, x, attended, attention, angles, batch.num_tokens)
             x = self._add(x, block.o, attended, block.post_attn_norm)
-            h = x if block.mlp_norm is None else ops.rms_norm(x, block.mlp_norm, config.norm_eps)
+            h = x if block.mlp_norm is None else block.mlp_norm(x)
             x = self._add(x, block.mlp, h, block.post_mlp_norm)
-        return ops.rms_norm(x, norm, config.norm_eps)[: batch.num_tokens]
+        return norm(x)[: batch.num_tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of `forward`'s hidden states to float32 logits [rows, vocabulary]."""
@@ -217,16 +220,16 @@ class Decoder:
     ) -> None:
         """Attention of one layer up to its output projection, into `attended` [padded, heads · head_dim]."""
         config, spec = self.config, block.spec
-        heads, eps, q_size, kv_size = config.num_heads, config.norm_eps, config.q_size, config.kv_size
-        h = x if block.attn_norm is None else ops.rms_norm(x, block.attn_norm, eps)
+        heads, q_size, kv_size = config.num_heads, config.q_size, config.kv_size
+        h = x if block.attn_norm is None else block.attn_norm(x)
         flat = block.qkv(h)  # [padded, q_size + 2 · kv_size]
         qkv = flat.view(x.shape[0], -1, config.head_dim)
         qk = qkv[:, : heads + config.num_kv_heads]
         if len(block.qk_norm) == 1:
-            qk.copy_(ops.rms_norm(qk, block.qk_norm[0], eps))
+            qk.copy_(block.qk_norm[0](qk))
         elif block.qk_norm:
-            for part, weight in zip(torch.split(flat, [q_size, kv_size, kv_size], 1), block.qk_norm, strict=False):
-                part.copy_(ops.rms_norm(part, weight, eps))
+            for part, norm in zip(torch.split(flat, [q_size, kv_size, kv_size], 1), block.qk_norm, strict=False):
+                part.copy_(norm(part))
         if spec.rope is not None:
             ops.rotary_(qk, *angles[spec.rope])
         attention.store(index, flat[:num_tokens, q_size:])
@@ -239,14 +242,14 @@ class Decoder:
             softcap=config.attention_softcap,
         )
 
-    def _add(self, x: Tensor, part: Linear | MLP | Experts, h: Tensor, post_norm: Tensor | None) -> Tensor:
+    def _add(self, x: Tensor, part: Linear | MLP | Experts, h: Tensor, post_norm: Norm | None) -> Tensor:
         """x + residual_scale · post_norm(part(h))."""
         scale = self.config.residual_scale
         if post_norm is None and scale == 1.0:
             return part(h, x)
         y = part(h)
         if post_norm is not None:
-            y = ops.rms_norm(y, post_norm, self.config.norm_eps)
+            y = post_norm(y)
         return x.add(y, alpha=scale)
 
 

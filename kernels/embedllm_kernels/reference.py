@@ -47,9 +47,23 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias + residual. x [tokens, in], weight [out, in], bias [out], residual [tokens, out]."""
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    factor: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """activation(x · weightᵀ + bias) · factor + residual, each where given.
+
+    x [tokens, in], weight [out, in], bias [out], residual and factor [tokens, out].
+    """
     y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = activate(y, activation)
+    if factor is not None:
+        y = y * factor
     return y if residual is None else y + residual
 
 

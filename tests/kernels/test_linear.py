@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 
+from embedllm_kernels import reference
 from embedllm_kernels.cpu import linear as module
 from embedllm_kernels.cpu.linear import Weight, why_not
 
@@ -32,6 +33,11 @@ def test_equals_the_plain_product(shape: tuple[int, int], dtype: torch.dtype, bi
         before = residual.clone()
         assert float((weight(x) - exact).abs().max()) <= tolerance
         assert float((weight(x, residual) - exact - residual).abs().max()) <= 2 * tolerance
+        scaled = weight(x, factor=residual)
+        assert float((scaled - exact * residual).abs().max()) <= tolerance * float(residual.abs().max())
+        for name in ("silu", "gelu_tanh"):
+            expected = reference.activate(exact, name)
+            assert float((weight(x, activation=name) - expected).abs().max()) <= 2 * tolerance
         assert torch.equal(residual, before)
 
 

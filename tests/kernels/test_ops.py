@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embedllm import ops
-from embedllm.layers import MLP, Experts, Head, Linear
+from embedllm.layers import MLP, Experts, Head, Linear, Norm
 from embedllm_kernels import reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -28,11 +28,15 @@ def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_rms_norm(dtype: torch.dtype, test_seed: int) -> None:
     weight = noise(1, 12)
     x = noise(test_seed, 7, 12, dtype=dtype)
-    near(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), dtype)
+    near(Norm(weight, 1e-5)(x), reference.rms_norm(x, weight, 1e-5), dtype)
+    near(Norm(weight, 1e-5)(x * 1e-4), reference.rms_norm(x * 1e-4, weight, 1e-5), dtype)  # eps outweighs x²
+    near(Norm(weight, 1e-5)(x * 1e4 + 3e4), reference.rms_norm(x * 1e4 + 3e4, weight, 1e-5), dtype)
     heads = noise(test_seed, 7, 5, 12, dtype=dtype)[:, :3]  # a view of a wider buffer, one weight per head
     per_head = noise(2, 3, 12)
-    near(ops.rms_norm(heads, per_head, 1e-5), reference.rms_norm(heads, per_head, 1e-5), dtype)
-    assert ops.rms_norm(torch.zeros(2, 12, dtype=dtype), weight, 1e-5).eq(0).all()
+    near(Norm(per_head, 1e-5)(heads), reference.rms_norm(heads, per_head, 1e-5), dtype)
+    assert Norm(weight, 1e-5)(torch.zeros(2, 12, dtype=dtype)).eq(0).all()
+    x[3] = torch.nan
+    assert Norm(weight, 1e-5)(x).isnan().any(1).tolist() == [row == 3 for row in range(7)]
 
 
 @DTYPES
@@ -55,15 +59,17 @@ def test_rotary(turned: int, amplitude: float, dtype: torch.dtype, test_seed: in
 
 
 @DTYPES
+@pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_mlp(activation: str, dtype: torch.dtype, test_seed: int) -> None:
+def test_mlp(activation: str, pack: bool, dtype: torch.dtype, test_seed: int) -> None:
     gate_up, down = noise(1, 24, 16, dtype=dtype), noise(2, 16, 12, dtype=dtype)
     x, residual = noise(test_seed, 5, 16, dtype=dtype), noise(3, 5, 16, dtype=dtype)
-    part = MLP(Linear(gate_up), Linear(down), activation)
-    inner = reference.gated(reference.linear(x, gate_up), activation)
-    near(ops.gated(reference.linear(x, gate_up), activation), inner, dtype)
-    near(part(x), reference.linear(inner, down), dtype, 16)  # sums of values of size 16
-    near(part(x, residual), reference.linear(inner, down, residual=residual), dtype, 16)
+    wide, narrow = noise(4, 24, dtype=dtype), noise(5, 16, dtype=dtype)
+    for biases in ((None, None), (wide, narrow)):
+        part = MLP(gate_up, down, activation, biases, pack)
+        inner = reference.gated(reference.linear(x, gate_up, biases[0]), activation)
+        near(part(x), reference.linear(inner, down, biases[1]), dtype, 24)  # sums of values of size 16
+        near(part(x, residual), reference.linear(inner, down, biases[1], residual), dtype, 24)
 
 
 @DTYPES
@@ -75,7 +81,7 @@ def test_experts(renormalise: bool, dtype: torch.dtype, test_seed: int) -> None:
     router = router.to(dtype)
     gate_up, down = noise(2, 8, 24, 16, dtype=dtype) / 4, noise(3, 8, 16, 12, dtype=dtype) / 4
     x = noise(test_seed, 19, 16, dtype=dtype)
-    experts = [MLP(Linear(a), Linear(b), "silu") for a, b in zip(gate_up, down, strict=True)]
+    experts = [MLP(a, b, "silu", (None, None), True) for a, b in zip(gate_up, down, strict=True)]
     part = Experts(Linear(router), experts, 3, renormalise)
     weights, ids = reference.route(reference.linear(x, router), 3, renormalise)
     expected = reference.moe(x, weights, ids, gate_up, down)

@@ -164,7 +164,7 @@ def test_a_step_without_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     head = runner._model._head.linear
     plain = Linear.__call__
-    monkeypatch.setattr(Linear, "__call__", lambda self, *args: (runs.append(self is head), plain(self, *args))[1])
+    monkeypatch.setattr(Linear, "__call__", lambda self, *a, **k: (runs.append(self is head), plain(self, *a, **k))[1])
     out = runner(Plan(0, [entry([1, 2, 3], [0], logits=0)]))
     assert out.logits.shape == (0, 97)
     assert not any(runs), "the head ran for nothing"
