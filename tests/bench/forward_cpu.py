@@ -29,11 +29,12 @@ KINDS = {
     "aten::index_select": "gather",
     "aten::index_copy_": "store",
     "aten::index_fill_": "gather",
-    "aten::rms_norm": "norm",
+    "aten::layer_norm": "norm",
+    "aten::neg": "norm",
+    "aten::cat": "norm",
     "aten::roll": "rope",
     "aten::addcmul_": "rope",
-    "aten::silu": "mlp",
-    "aten::mul_": "rope + mlp",
+    "aten::mul_": "rope",
     "aten::copy_": "copies",
 }
 
