@@ -85,7 +85,8 @@ class Core:
             pace=pace,
             debug=bool(os.environ.get("EMBEDLLM_CHECK")),
         )
-        self.handles: weakref.WeakSet[Any] = weakref.WeakSet()  # the LLMs that share it
+        # The LLMs that share it, each with the notebook cell and the run of it that made it.
+        self.handles: weakref.WeakKeyDictionary[Any, tuple[str, int] | None] = weakref.WeakKeyDictionary()
         self.worker = Worker(engine, info.model)
         # Before the thread runs: whatever happens to whoever asked for this core, the thread ends with it.
         weakref.finalize(self, self.worker.stop).atexit = False

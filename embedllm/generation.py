@@ -166,7 +166,8 @@ class _Reading:
     def _start(self) -> None:
         if not self._started:
             self._started = True
-            self._channel.cursors.append(weakref.ref(self))
+            cursors = self._channel.cursors
+            cursors.append(weakref.ref(self, cursors.remove))
 
     def _look(self) -> tuple[Delta | None, int]:
         """The next delta there is, or None, and the version to wait on for more. Closes at the end of the record."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import time
 import weakref
@@ -38,7 +39,7 @@ def acquire(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
             with _lock:
                 core = _cores.get(key)
                 if core is not None and core.worker.alive:
-                    core.handles.add(handle)
+                    core.handles[handle] = running_cell()
                     return core
                 mine = _loading.setdefault(key, me) is me
             if mine:
@@ -51,6 +52,7 @@ def acquire(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
 
 
 def _build(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
+    _end_leftovers(running_cell())
     for worker in _running():
         if not worker.alive:
             worker.join()  # its memory comes back before more is taken
@@ -60,10 +62,37 @@ def _build(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
         _let_go_of_frames(error)
         raise
     with _lock:
-        core.handles.add(handle)
+        core.handles[handle] = running_cell()
         _cores[key] = core
         _workers.add(core.worker)
     return core
+
+
+def running_cell() -> tuple[str, int] | None:
+    """The notebook cell that runs now and the number of its run; None where there is none, or it has no id."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+    try:
+        cell = shell.get_parent()["metadata"]["cellId"]  # type: ignore[union-attr]
+        return str(cell), int(shell.execution_count)  # type: ignore[union-attr]
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
+def _end_leftovers(cell: tuple[str, int] | None) -> None:
+    """A cell that is changed and run again gets its memory back first: its earlier runs' idle engines end here."""
+    if cell is None:
+        return
+    with _lock:
+        cores = list(_cores.values())
+        for core in cores:
+            made = list(core.handles.values())
+            if made and core.worker.is_idle and all(one is not None and _is_earlier(one, cell) for one in made):
+                core.worker.stop()
+
+
+def _is_earlier(one: tuple[str, int], cell: tuple[str, int]) -> bool:
+    return one[0] == cell[0] and one[1] < cell[1]
 
 
 def _let_go_of_frames(error: BaseException) -> None:
@@ -76,7 +105,7 @@ def _let_go_of_frames(error: BaseException) -> None:
 def release(core: Core, handle: object) -> None:
     """Give one handle back; the last one ends the core and waits until its memory is back, 2 seconds at most."""
     with _lock:
-        core.handles.discard(handle)
+        core.handles.pop(handle, None)
         last = not core.handles
         if last:
             core.worker.stop()

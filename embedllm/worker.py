@@ -51,6 +51,7 @@ class Worker:
         self._stopping = False  # asked to end
         self._awake = False  # doing something, so `last_beat` should move
         self._gone = False  # nobody reads the mailbox any more
+        self._beat_seen = self._last_look = self._stuck = 0.0
         self._warned = False
         self._next_sweep = 0.0
         self._thread = threading.Thread(target=self._run, name=f"embedllm-{name}", daemon=True)
@@ -89,6 +90,11 @@ class Worker:
         error = self._error
         if error is not None:
             raise type(error)(*error.args) from error.__cause__
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is in it or on its way."""
+        return not self._channels and self._mailbox.empty()
 
     def new_id(self) -> int:
         """An id no other request of this engine has."""
@@ -191,10 +197,17 @@ class Worker:
         return True
 
     def _look_for_life(self) -> None:
-        """Notice a thread that makes no progress, or is no more."""
-        if self._gone or not self._awake:
+        """Notice a thread that makes no progress, or is no more.
+
+        Only time in which somebody looked counts: a process that was stopped, or held by a call that kept the
+        interpreter lock, kept the engine's thread from working too.
+        """
+        now, beat, last = time.monotonic(), self._engine.last_beat, self._last_look
+        self._last_look = now
+        if self._gone or not self._awake or beat != self._beat_seen:
+            self._beat_seen, self._stuck = beat, 0.0
             return
-        stuck = time.monotonic() - self._engine.last_beat
+        stuck = self._stuck = self._stuck + min(now - last, 2 * SLICE)
         if stuck > DEAD or not self._thread.is_alive():
             self._error = self._error or EngineDead(f"the engine made no progress for {stuck:.0f} s")
             self._gone = True

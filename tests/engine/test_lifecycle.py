@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,45 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
             embedllm.LLM(model)
     with embedllm.LLM(model) as llm:
         right(llm, model)
+
+
+def test_a_cell_that_is_changed_and_run_again_gets_its_memory_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable still holds the old handle while the new model loads; its idle engine ends before that."""
+    shell = types.SimpleNamespace(execution_count=1, cell="a")
+    shell.get_parent = lambda: {"metadata": {"cellId": shell.cell}}
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+
+    def run(cell: str, model: Hooked, **options: Any) -> embedllm.LLM:
+        shell.cell, shell.execution_count = cell, shell.execution_count + 1
+        return embedllm.LLM(model, **options)
+
+    first, second, third = Hooked(), Hooked(), Hooked()
+    llm, other = run("a", first), run("b", second)
+    shared = embedllm.LLM(second)
+    elsewhere = run("c", second)  # a cell of its own: it keeps what it shares
+    closed_before_load: list[bool] = []
+    runner = third.runner
+    third.runner = lambda limits: (closed_before_load.append(first.closed), runner(limits))[1]  # type: ignore[method-assign]
+    old, llm = llm, run("a", third)
+    assert closed_before_load == [True] and not second.closed
+    with pytest.raises(EngineClosed):
+        old.generate(prompt_of(1))
+    other = run("b", first)  # cell b again, with another model: the one that c uses too stays
+    assert not second.closed and shared._core is elsewhere._core
+    busy = llm.submit(prompt_of(1), max_tokens=LONG)
+    again = run("a", Hooked())  # somebody still uses the old one
+    assert not third.closed and not busy.done
+    for one in (llm, other, shared, elsewhere, again, old):
+        one.close()
+
+
+@pytest.mark.parametrize("shell", [None, types.SimpleNamespace(), types.SimpleNamespace(get_parent=lambda: {})])
+def test_cells_without_an_id_are_left_alone(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert registry.running_cell() is None
+    one, two = Hooked(), Hooked()
+    with embedllm.LLM(one) as llm, embedllm.LLM(two):
+        right(llm, one)
 
 
 def test_a_reload_of_the_registry_changes_nothing() -> None:

@@ -1,6 +1,8 @@
 """Any thread and any event loop, all at once: every answer is its own oracle's."""
 
 import asyncio
+import contextlib
+import gc
 import os
 import random
 import subprocess
@@ -13,8 +15,9 @@ from pathlib import Path
 import pytest
 
 import embedllm
+from embedllm.errors import InvalidRequest, RequestCancelled
 from embedllm.testing import ByteTokenizer
-from tests.engine.hooked import Hooked, engine_of, opened, prompt_of, until
+from tests.engine.hooked import LONG, Hooked, engine_of, opened, prompt_of, until
 
 THREADS, CALLS, TASKS = 64, 50, 64
 BYTES = 259
@@ -82,6 +85,69 @@ def test_64_threads_of_50_calls_and_64_tasks(capsys: pytest.CaptureFixture[str])
         print(
             f"\n{total} requests from {THREADS} threads and {TASKS} tasks, 0 errors, {time.monotonic() - began:.1f} s"
         )
+
+
+def test_a_life_of_many_threads_that_do_everything() -> None:
+    """Twelve threads submit, read, leave, drop, cancel, look, pin and reopen, and switch after every few bytecodes."""
+    model = Hooked()
+    options = {"num_kv_blocks": 512, "block_size": 4, "max_batch_tokens": 64}
+    wrong: list[BaseException] = []
+
+    def live(llm: embedllm.LLM, number: int) -> None:
+        rng = random.Random(number)
+        kept: list[embedllm.Generation] = []
+        for _ in range(25):
+            prompt, act = prompt_of(rng.randrange(8), rng.randrange(1, 20)), rng.randrange(9)
+            expected = model.expected(prompt, 6)
+            if act <= 1:
+                assert llm.generate(prompt, max_tokens=6).tokens == expected
+            elif act == 2:
+                kept.append(llm.submit(prompt, max_tokens=6))
+            elif act == 3:
+                for _delta in llm.stream(prompt, max_tokens=LONG):
+                    break
+            elif act == 4:
+                llm.submit(prompt, max_tokens=LONG)
+            elif act == 5:
+                generation = llm.stream(prompt, max_tokens=LONG, n=2)
+                generation.cancel()
+                with contextlib.suppress(RequestCancelled):
+                    generation.result(10)
+            elif act == 6:
+                llm.stats()
+                llm.cache.explain(prompt)
+            elif act == 7:
+                with contextlib.suppress(InvalidRequest), llm.cache.pin(prompt):
+                    pass
+            else:
+                with embedllm.LLM(model, **options) as again:  # type: ignore[arg-type]
+                    assert again._core is llm._core
+                    assert again.generate(prompt, max_tokens=6).tokens == expected
+            if kept and rng.random() < 0.4:
+                one = kept.pop()
+                assert one.result(10).tokens == model.expected(one.prompt_tokens, 6)
+
+    def run(llm: embedllm.LLM, number: int) -> None:
+        try:
+            live(llm, number)
+        except BaseException as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with opened(model) as llm:
+            threads = [threading.Thread(target=run, args=(llm, number)) for number in range(12)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            assert not wrong, wrong
+            assert llm.stats().num_step_faults == 0
+            del threads
+            gc.collect()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_every_way_of_reading_gives_the_same() -> None:
