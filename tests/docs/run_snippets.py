@@ -1,6 +1,7 @@
 """Runs the Python blocks of one Markdown file, in order, in one namespace, the way a notebook would.
 
-Owns the meaning of a fence: ```python runs, every other fence does not. `await` is allowed at the top of a block.
+Owns the meaning of a fence: ```python runs, every other fence does not. All of it runs inside a running event loop, as
+the cells of a notebook do, and `await` is allowed at the top of a block.
 A line `expression  # -> text` must have that repr, or one that begins with what stands before a final `...`.
 Usage: run_snippets.py FILE
 """
@@ -42,17 +43,11 @@ def run(path: Path) -> int:
     # Tracebacks then show the line of the Markdown file.
     linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
     found = blocks(text)
-    loop = asyncio.new_event_loop()
-    try:
-        run_blocks(path, found, loop)
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-    finally:
-        loop.close()
+    asyncio.run(run_blocks(path, found))
     return len(found)
 
 
-def run_blocks(path: Path, found: list[tuple[int, str]], loop: asyncio.AbstractEventLoop) -> None:
+async def run_blocks(path: Path, found: list[tuple[int, str]]) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     namespace: dict[str, object] = {"__name__": "__main__"}
     for start, code in found:
@@ -63,7 +58,7 @@ def run_blocks(path: Path, found: list[tuple[int, str]], loop: asyncio.AbstractE
             compiled = compile(tree, str(path), mode, flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
             value = eval(compiled, namespace)
             if compiled.co_flags & inspect.CO_COROUTINE:
-                value = loop.run_until_complete(value)
+                value = await value
             if want is not None:
                 matches = repr(value).startswith(want[:-3]) if want.endswith("...") else repr(value) == want
                 assert matches, f"{path}:{node.lineno} gives {value!r}, the page says {want}"
