@@ -31,21 +31,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def report(folder: Path) -> None:
-    """Print every held-out figure of an exported model as JSON lines, and the mistakes before them."""
+    """Print every held-out figure of an exported model, after the mistakes it makes in single turns."""
     model, tokenizer = load_exported(folder)
     _, held_out = corpus.split(corpus.read_library())
     library = [source for source in held_out if not source.is_test]
     tests = [source for source in held_out if source.is_test]
-    chat = evaluate.chat_accuracy(model, tokenizer, report=print)
-    figures = {
-        "bits per byte, library": evaluate.bits_per_byte(model, tokenizer, [source.text for source in library]),
-        "bits per byte, tests": evaluate.bits_per_byte(model, tokenizer, [source.text for source in tests]),
-        "functions that parse": evaluate.parse_rates(model, tokenizer, library),
-        "chat, single turns": chat,
-        "chat, up to four turns": evaluate.chat_accuracy(model, tokenizer, 100, max_turns=4),
-    }
-    for name, value in figures.items():
-        print(json.dumps({name: value}), flush=True)
+    chat = evaluate.chat_accuracy(model, tokenizer, report=partial(print, flush=True))
+    show("chat, single turns: right, asked", chat)
+    show("chat, up to four turns", evaluate.chat_accuracy(model, tokenizer, 100, max_turns=4))
+    show("bits per byte, library", evaluate.bits_per_byte(model, tokenizer, [source.text for source in library]))
+    show("bits per byte, tests", evaluate.bits_per_byte(model, tokenizer, [source.text for source in tests]))
+    show("functions that parse", evaluate.parse_rates(model, tokenizer, library))
+
+
+def show(name: str, figure: object) -> None:
+    """Print one figure as a line of JSON."""
+    print(json.dumps({name: figure}), flush=True)
 
 
 def main() -> None:

@@ -84,8 +84,8 @@ def write_text_files(config: ModelConfig, tokenizer_file: Path, folder: Path) ->
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
 
-def load_exported(folder: Path, device: str = "cpu") -> tuple[BoxModel, Tokenizer]:
-    """The model in bfloat16 and the tokenizer of an exported folder."""
+def load_exported(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[BoxModel, Tokenizer]:
+    """The model, computing in dtype, and the tokenizer of an exported folder."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = ModelConfig(
         vocab=raw["vocab_size"],
@@ -99,7 +99,7 @@ def load_exported(folder: Path, device: str = "cpu") -> tuple[BoxModel, Tokenize
         rope_theta=raw["rope_theta"],
         norm_eps=raw["rms_norm_eps"],
     )
-    model = BoxModel(config).to(torch.bfloat16)
+    model = BoxModel(config)
     weights = load_file(folder / "model.safetensors")
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
-    return model.to(device).eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return model.to(dtype).eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
