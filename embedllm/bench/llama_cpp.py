@@ -15,11 +15,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from embedllm.bench.engines import MAX_SEQS, Engine, Run
+from embedllm.bench.engines import MAX_BATCH_TOKENS, MAX_SEQS, Engine, Run
 from embedllm.bench.workloads import Job, Workload
 from embedllm.errors import MissingDependency, UnsupportedModel
 
-BATCH, MICRO_BATCH = 2_048, 512  # llama.cpp's defaults
+BATCH = 2_048  # llama.cpp's default; it computes MAX_BATCH_TOKENS of them at once
 LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -124,7 +124,7 @@ class LlamaCpp(Engine):
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         params = lib.llama_context_default_params()
         params.n_ctx = MAX_SEQS * longest
-        params.n_batch, params.n_ubatch, params.n_seq_max = BATCH, MICRO_BATCH, MAX_SEQS
+        params.n_batch, params.n_ubatch, params.n_seq_max = BATCH, MAX_BATCH_TOKENS, MAX_SEQS
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified = True
         self._context = lib.llama_init_from_model(self._model, params)
@@ -164,7 +164,7 @@ class LlamaCpp(Engine):
         ):
             prompt = jobs[job].prompt
             tokens = prompt[computed:] if computed < len(prompt) else outputs[job][-1:]
-            tokens = tokens[: MICRO_BATCH - count]
+            tokens = tokens[: MAX_BATCH_TOKENS - count]
             for offset, token in enumerate(tokens):
                 batch.token[count], batch.pos[count] = token, computed + offset
                 batch.n_seq_id[count], batch.seq_id[count][0] = 1, sequence

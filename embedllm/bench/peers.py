@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from embedllm.bench.engines import MAX_SEQS, WARM_UP, Engine, Run
+from embedllm.bench.engines import MAX_BATCH_TOKENS, MAX_SEQS, WARM_UP, Engine, Run
 from embedllm.bench.workloads import Workload
 from embedllm.errors import MissingDependency
 
-PAGE, MAX_BATCH_TOKENS = 16, 512
+PAGE = 16
 
 
 def load_transformers(folder: str | Path, dtype: str) -> Any:
