@@ -25,7 +25,7 @@ help: ## list these verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r verb text; \
 		do printf '  make %-10s %s\n' "$$verb" "$$text"; done
 
-demo: $(INSTALLED) ## stream eight prompts at once through the model in the box
+demo: $(INSTALLED) ## stream ten prompts through the model in the box
 	@$(VENV)/bin/embedllm demo $(ARGS)
 
 # Tests that measure time run alone first; a failure there ends the run, so the last line always tells the truth.

@@ -83,8 +83,8 @@ def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="watch a small model answer many prompts at once",
-        description="Streams nine prompts (eleven samples) at once through the model in the box, with a live view of "
-        "the KV blocks on a terminal, and closes with what it measured.",
+        description="Streams ten prompts (twelve samples), eight at a time, through the model in the box, with a live "
+        "view of the KV blocks on a terminal, and closes with what it measured.",
     )
     _add_model(parser, "of another model")
     parser.add_argument("--plain", action="store_true", help="no live view: print each answer as it is complete")
