@@ -297,10 +297,10 @@ def _chat(args: argparse.Namespace) -> int:
         while True:
             try:
                 line = input("> " if on_terminal else "").strip()
-            except EOFError:
+            except (EOFError, KeyboardInterrupt) as leaving:
                 if on_terminal:
                     print()
-                return 0
+                return 0 if isinstance(leaving, EOFError) else INTERRUPTED
             if line in ("/exit", "/quit"):
                 return 0
             if line == "/reset":

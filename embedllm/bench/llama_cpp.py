@@ -51,6 +51,8 @@ def write_gguf(folder: Path, target: Path, dtype: str) -> None:
         raise MissingDependency("the llama.cpp peer needs: pip install llama-cpp-python gguf") from error
     from safetensors import safe_open
 
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModel(f"the llama.cpp peer converts a model's folder; {str(folder)!r} is none")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
     scaling = config.get("rope_scaling") or {}

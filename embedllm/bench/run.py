@@ -95,8 +95,11 @@ def compare(args: argparse.Namespace, names: list[str], against: list[str], say:
 
 def _size(model: Any, names: list[str], scale: float) -> tuple[int, int]:
     """Token ids the model has, and the longest request of the workloads."""
-    with embedllm.LLM(model, tokenizer=None, num_kv_blocks=64, max_batch_tokens=64, progress=False) as llm:
-        vocab_size = llm.info.vocab_size
+    config = (BOX if model is None else Path(model)) / "config.json"
+    vocab_size = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+    if vocab_size is None:  # a Hub id, or a config that keeps it elsewhere
+        with embedllm.LLM(model, tokenizer=None, num_kv_blocks=64, max_batch_tokens=64, progress=False) as llm:
+            vocab_size = llm.info.vocab_size
     return vocab_size, max(workload(name, vocab_size, scale).longest for name in names)
 
 

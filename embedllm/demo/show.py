@@ -30,7 +30,7 @@ MIN_WIDTH, MAX_WIDTH, MIN_HEIGHT = 60, 100, 22
 MAX_SHOWN = 6  # lines of each answer in the list at the end
 
 HIDE_CURSOR, SHOW_CURSOR, CLEAR_BELOW, CLEAR_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[J", "\x1b[K"
-PLAIN, DIM, BOLD, GREEN = "\x1b[0m", "\x1b[2m", "\x1b[1m", "\x1b[32m"
+PLAIN, DIM, BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
 
 
 def run(model: str | None = None, live: bool | None = None, file: TextIO | None = None) -> int:
@@ -43,13 +43,18 @@ def run(model: str | None = None, live: bool | None = None, file: TextIO | None 
     if live is None:
         live = out.isatty() and size.columns > MIN_WIDTH and size.lines >= MIN_HEIGHT and os.getenv("TERM") != "dumb"
     paper = Paper(out, min(size.columns - 1, MAX_WIDTH), out.isatty() and "NO_COLOR" not in os.environ)
+    title = paper.paint(f"embedllm {embedllm.__version__}", BOLD)
+    if live:
+        paper.redraw([f"{title}  {paper.paint('loading', DIM)}"])
     began = time.monotonic()
     with embedllm.LLM(
         model, num_kv_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_SEQS, progress=False
     ) as llm:
         ready = time.monotonic() - began
         what = f"{llm.info.model} · {llm.info.dtype} on {llm.info.device} · ready in {ready:.1f} s"
-        paper.write(paper.paint(f"embedllm {embedllm.__version__}", BOLD) + "  " + paper.paint(what, DIM) + "\n")
+        if live:
+            paper.redraw([])
+        paper.write(f"{title}  {paper.paint(what, DIM)}\n")
         show(llm, paper, live)
     return 0
 
