@@ -7,12 +7,15 @@ more than half the pool, and never so much that an admitted request could no lon
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from embedllm.engine import Engine
 from embedllm.errors import EngineClosed, EngineDead, RequestFailed
+from embedllm.params import check_salt
 from embedllm.worker import Worker
 
 if TYPE_CHECKING:
@@ -55,18 +58,25 @@ class CacheReport:
 
 
 class Pin:
-    """Keeps a prompt's full blocks in the cache until `unpin()`; also a context manager."""
+    """Keeps a prompt's full blocks in the cache until `unpin()`; also a context manager.
+
+    Dropping it, or closing the LLM it came from, undoes it too. After a fault in which the engine had to forget its
+    whole cache nothing is pinned any more.
+    """
 
     def __init__(self, worker: Worker, pin_id: int, num_blocks: int, num_tokens: int) -> None:
         self._worker = worker
-        self._pin_id = pin_id
+        self._unpin = partial(_unpin, pin_id)
+        self._finalizer = weakref.finalize(self, worker.tell, self._unpin)
+        self._finalizer.atexit = False
         self.num_blocks = num_blocks
         self.num_tokens = num_tokens
 
     def unpin(self) -> None:
         """Let the blocks be evicted again. Idempotent; nothing to do once the engine has ended."""
-        with contextlib.suppress(EngineClosed, EngineDead):
-            self._worker.call(lambda engine: engine.pins.remove(self._pin_id))
+        if self._finalizer.detach() is not None:
+            with contextlib.suppress(EngineClosed, EngineDead):
+                self._worker.call(self._unpin)
 
     def __enter__(self) -> Pin:
         return self
@@ -78,13 +88,24 @@ class Pin:
         return f"<Pin: {self.num_tokens} tokens in {self.num_blocks} blocks>"
 
 
+def _unpin(pin_id: int, engine: Engine) -> None:
+    engine.pins.remove(pin_id)
+
+
 class Cache:
     """The prefix cache of one LLM."""
 
-    def __init__(self, worker: Worker, encode: Encode, prefill: Callable[[list[int], str | None], Generation]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        encode: Encode,
+        prefill: Callable[[list[int], str | None], Generation],
+        held: weakref.WeakSet[Any],
+    ) -> None:
         self._worker = worker
         self._encode = encode
         self._prefill = prefill
+        self._held = held  # what ends with the handle
 
     def explain(self, prompt: object, cache_salt: str | None = None) -> CacheReport:
         """Which blocks of this prompt are cached, which are not, and why. Changes nothing.
@@ -92,6 +113,7 @@ class Cache:
         Prompts as in `generate`. Blocks are only shared between requests of the same `cache_salt`.
         """
         tokens = self._encode(prompt)
+        check_salt(cache_salt)
         return self._worker.call(lambda engine: _explain(engine, tokens, cache_salt))
 
     def pin(self, prompt: object, cache_salt: str | None = None) -> Pin:
@@ -101,6 +123,7 @@ class Cache:
         already admitted, or if there is no full block; RequestFailed if the cache evicts faster than it can be pinned.
         """
         tokens = self._encode(prompt)
+        check_salt(cache_salt)
         self._worker.call(lambda engine: engine.pins.check(tokens, cache_salt))
         for _ in range(PREFILLS):
             self._prefill(tokens, cache_salt).result()
@@ -108,7 +131,9 @@ class Cache:
                 lambda engine: (*engine.pins.add(tokens, cache_salt), engine.limits.block_size)
             )
             if pin_id:
-                return Pin(self._worker, pin_id, num_blocks, num_blocks * size)
+                pin = Pin(self._worker, pin_id, num_blocks, num_blocks * size)
+                self._held.add(pin)
+                return pin
         raise RequestFailed(
             f"the prompt's blocks were evicted {PREFILLS} times before they could be pinned: the cache is too busy; "
             "pin earlier, or give it more memory"

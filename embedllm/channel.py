@@ -96,7 +96,8 @@ class Channel:
         self.foreground = foreground
         self.owner = owner  # the LLM the request came from: it stays open until the request has ended
         self.handle: weakref.ref[object] | None = None  # the Generation; nobody else can ever read this
-        self.cursors: list[weakref.ref[Cursor]] = []  # those that were started
+        self.cursors: list[weakref.ref[Cursor]] = []  # those that were started and are still there
+        self.was_read = False  # whether any was
         self.samples = [SampleRecord() for _ in range(num_samples)]
         self.ended: Ended | None = None
         self.version = 0
@@ -132,7 +133,7 @@ class Channel:
         """Nobody can read it any more: the handle is gone, or the last cursor of a foreground request is."""
         if self.handle is not None and self.handle() is None:
             return True
-        return self.foreground and bool(self.cursors) and not self.has_readers
+        return self.foreground and self.was_read and not self.has_readers
 
     # ---- the readers' side ------------------------------------------------------------------------------------
 

@@ -108,6 +108,13 @@ class Options:
         _positive("block_size", self.block_size)
         if self.num_kv_blocks is not None:
             _positive("num_kv_blocks", self.num_kv_blocks)
+        for name in ("prefix_caching", "chunked_prefill", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.progress is not None and not isinstance(self.progress, bool):
+            raise InvalidRequest(f"progress must be True, False or None, got {self.progress!r}")
+        if self.revision is not None and not isinstance(self.revision, str):
+            raise InvalidRequest(f"revision must be a branch, tag or commit, got {self.revision!r}")
         for name in ("quantization", "speculative"):
             if getattr(self, name) is not None:
                 raise InvalidRequest(f"{name}={getattr(self, name)!r} is not available yet; leave it None")

@@ -96,6 +96,10 @@ class Core:
 def build(model: Any, options: Options) -> Core:
     """Load a model and start its engine. `model` is None, a name, a folder, or an object as in `embedllm.testing`."""
     if model is not None and not isinstance(model, (str, os.PathLike)):
+        if not hasattr(model, "runner"):
+            raise InvalidRequest(
+                f"model must be a name, a folder or an object as in embedllm.testing, not {type(model).__name__}"
+            )
         return _from_object(model, options)
     return _from_files(model, options)
 
@@ -227,7 +231,10 @@ def choose_num_blocks(group: KVGroup, options: Options, max_num_seqs: int, max_m
     if options.num_kv_blocks is not None:
         return options.num_kv_blocks
     if options.kv_cache_memory != "auto":
-        return parse_memory(options.kv_cache_memory, free) // group.bytes_per_block(options.block_size)
+        size = parse_memory(options.kv_cache_memory, free)
+        if size > free:
+            raise OutOfMemory(f"kv_cache_memory={options.kv_cache_memory!r} is {size:,} bytes; {free:,} are free")
+        return size // group.bytes_per_block(options.block_size)
     return auto_num_blocks(
         group, block_size=options.block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len, free=free
     )
@@ -238,7 +245,11 @@ def _device(device: str) -> str:
 
     if device == "auto":
         return "cpu"  # CUDA kernels are not there yet; naming "cuda" says so
-    if torch.device(device).type != "cpu":
+    try:
+        known = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidRequest(f"device={device!r} is not a device; use 'auto' or 'cpu'") from error
+    if known.type != "cpu":
         raise InvalidRequest(f"device={device!r} is not supported yet; use device='cpu'")
     return device
 
@@ -253,6 +264,10 @@ def _tokenizer(options: Options, folder: Any) -> TokenizerProtocol | None:
         if found is None:
             raise InvalidRequest(f"tokenizer={options.tokenizer!r} holds no tokenizer files")
         return found
+    if options.tokenizer is not None and not hasattr(options.tokenizer, "encode"):
+        raise InvalidRequest(
+            f"tokenizer must be 'auto', None, a folder, a Hub id or a TokenizerProtocol, not {options.tokenizer!r}"
+        )
     return options.tokenizer  # type: ignore[no-any-return]  # None, or an object of the caller's
 
 

@@ -6,6 +6,7 @@ join to the completion, and no reader can slow the engine.
 
 from __future__ import annotations
 
+import html
 import time
 import weakref
 from collections.abc import Generator
@@ -39,22 +40,26 @@ class Generation:
 
     @property
     def done(self) -> bool:
-        """Whether the request has ended, in whatever way."""
+        """Whether the request has ended, in whatever way. Looking at it counts as reading, as do the next three."""
+        self._worker.note_reader(self._channel)
         return self._channel.ended is not None
 
     @property
     def text(self) -> str:
         """The text of sample 0 so far."""
+        self._worker.note_reader(self._channel)
         return self._channel.samples[0].delta(0, 0)[0].text
 
     @property
     def tokens(self) -> list[int]:
         """The tokens of sample 0 so far."""
+        self._worker.note_reader(self._channel)
         return self._channel.samples[0].delta(0, 0)[0].tokens
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all samples so far."""
+        self._worker.note_reader(self._channel)
         return sum(sample.num_tokens for sample in self._channel.samples)
 
     @property
@@ -145,6 +150,9 @@ class Generation:
         return self._channel.completion()._repr_markdown_()
 
     def _repr_html_(self) -> str:
+        if self._channel.ended is None:
+            footer = html.escape(f"{self.num_tokens} tokens · still running")
+            return f'<pre style="white-space:pre-wrap;margin:0">{html.escape(self.text)}</pre><div>{footer}</div>'
         return self._channel.completion()._repr_html_()
 
 
@@ -168,6 +176,7 @@ class _Reading:
             self._started = True
             cursors = self._channel.cursors
             cursors.append(weakref.ref(self, cursors.remove))
+            self._channel.was_read = True
 
     def _look(self) -> tuple[Delta | None, int]:
         """The next delta there is, or None, and the version to wait on for more. Closes at the end of the record."""

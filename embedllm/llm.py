@@ -10,19 +10,19 @@ import contextlib
 import os
 import random
 import time
+import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, overload
 
 from embedllm import registry
-from embedllm.cache import Cache
+from embedllm.cache import Cache, Pin
 from embedllm.channel import SLICE, Channel
 from embedllm.config import Limits, Options
 from embedllm.core import Core, Memory, ModelInfo, build
 from embedllm.errors import (
     EmbedLLMError,
     EngineClosed,
-    EngineDead,
     EngineError,
     InvalidRequest,
     QueueFull,
@@ -69,6 +69,7 @@ class LLM:
         self._random = random.Random(chosen.seed)
         self._core: Core | None = registry.acquire(_key(model, chosen), lambda: build(model, chosen), self)
         self._info = self._core.info
+        self._held: weakref.WeakSet[Pin | Trace] = weakref.WeakSet()  # what ends with this handle
         self._prompts = PromptEncoder(self._core.tokenizer, self._core.limits.num_input_ids)
 
     # ---- generate ---------------------------------------------------------------------------------------------
@@ -117,16 +118,16 @@ class LLM:
         A prompt is a string, one list of token ids, or one list of chat messages; a list of those is a batch and gives
         a list. `params` may be a list with one entry per prompt; keyword arguments replace its fields. If one of a
         list fails, all are awaited and the first error is raised with `.completions`; `return_exceptions=True` gives
-        the errors in their places. Interrupting the wait cancels what is left.
+        the errors in their places; for one prompt it has no effect. Interrupting the wait cancels what is left.
         """
         self._open().worker.check_caller("generate()")
         if not _is_batch(prompt):
-            if params is not None and not isinstance(params, SamplingParams):
-                raise InvalidRequest("one prompt takes one SamplingParams, not a list")
             return self._submit(prompt, params, overrides, tools=tools, foreground=True).result()
         asked: list[Generation | InvalidRequest] = []
+        each = _params_for_each(prompt, params)
+        SamplingParams(**overrides)  # refused before anything is queued, also for an empty list
         try:
-            for one, its in zip(prompt, _params_for_each(prompt, params), strict=True):
+            for one, its in zip(prompt, each, strict=True):
                 try:
                     asked.append(self._submit_when_room(asked, one, its, overrides, tools))
                 except InvalidRequest as error:
@@ -157,7 +158,7 @@ class LLM:
     def _submit(
         self,
         prompt: Any,
-        params: SamplingParams | None,
+        params: SamplingParams | Sequence[SamplingParams] | None,
         overrides: dict[str, Any],
         *,
         foreground: bool,
@@ -165,6 +166,8 @@ class LLM:
     ) -> Generation:
         limits, worker, defaults = self._open().limits, self._open().worker, self._open().defaults
         worker.check_alive()
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params must be one SamplingParams for one prompt, got {type(params).__name__}")
         tokens = self._prompts.encode(prompt, tools)
         chosen = (params or SamplingParams()).replace(**overrides) if overrides else params or SamplingParams()
         resolved = chosen.resolve(defaults)
@@ -254,7 +257,7 @@ class LLM:
     @property
     def cache(self) -> Cache:
         """The prefix cache: `explain(prompt)`, `pin(prompt)`, `reset()`."""
-        return Cache(self._open().worker, self._prompts.encode, self._prefill)
+        return Cache(self._open().worker, self._prompts.encode, self._prefill, self._held)
 
     def stats(self) -> Stats:
         """Counters and gauges right now, with vLLM's names."""
@@ -268,13 +271,10 @@ class LLM:
         """Record every block and scheduler event from now until its `stop()`; also a context manager."""
         limits, worker = self._open().limits, self._open().worker
         trace = Trace(limits.num_blocks, limits.block_size, capacity)
-        worker.call(lambda engine: engine.attach(trace))
-
-        def detach() -> None:
-            with contextlib.suppress(EngineClosed, EngineDead):  # then it has stopped by itself
-                worker.call(lambda engine: engine.detach(trace))
-
-        trace.on_stop(detach)
+        ring = trace.ring
+        worker.call(lambda engine: engine.attach(ring))
+        trace.on_stop(lambda: worker.tell(lambda engine: engine.detach(ring)))
+        self._held.add(trace)
         return trace
 
     def monitor(self) -> Monitor:
@@ -292,6 +292,8 @@ class LLM:
         """
         core, self._core = self._core, None
         if core is not None:
+            for held in list(self._held):
+                held.unpin() if isinstance(held, Pin) else held.stop()
             core.worker.cancel_all_of(self)
             registry.release(core, self)
 
@@ -367,6 +369,8 @@ def _is_batch(prompt: Any) -> bool:
 def _params_for_each(prompts: Sequence[Any], params: Any) -> list[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * len(prompts)
+    if not isinstance(params, Sequence) or isinstance(params, str):
+        raise InvalidRequest(f"params must be a SamplingParams, or a list of them, got {type(params).__name__}")
     each = list(params)
     if len(each) != len(prompts):
         raise InvalidRequest(f"{len(prompts)} prompts and {len(each)} SamplingParams; give one, or one per prompt")

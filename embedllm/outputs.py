@@ -41,7 +41,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. `cached_tokens` of the prompt were served by the prefix cache."""
+    """Token counts of the request, all its samples together.
+
+    `cached_tokens` are prompt tokens that the prefix cache served.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -112,8 +112,7 @@ class SamplingParams:
         self._normalise()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
-        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
-            raise InvalidRequest(f"cache_salt must be a string, got {self.cache_salt!r}")
+        check_salt(self.cache_salt)
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise InvalidRequest(f"logits_processor must be callable, got {self.logits_processor!r}")
         if self.structured is not None:
@@ -169,6 +168,12 @@ class SamplingParams:
             worst = max(ids, default=0)
             if worst >= vocab_size:
                 raise InvalidRequest(f"{name} has token id {worst}, but the model's ids end at {vocab_size - 1}")
+
+
+def check_salt(salt: object) -> None:
+    """Raises InvalidRequest unless it is a string or None."""
+    if salt is not None and not isinstance(salt, str):
+        raise InvalidRequest(f"cache_salt must be a string or None, got {salt!r}")
 
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:

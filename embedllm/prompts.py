@@ -66,6 +66,8 @@ class PromptEncoder:
     def check_ids(self, ids: list[Any]) -> list[int]:
         """The same list, if every member is a plain int in range."""
         for token in ids:
+            if isinstance(token, (str, list, tuple)):
+                raise InvalidRequest("this takes one prompt, and a list of prompts was given; generate() takes lists")
             if type(token) is not int:
                 raise InvalidRequest(f"token ids must be plain integers, got {token!r} ({type(token).__name__})")
             if not 0 <= token < self._num_input_ids:

@@ -22,33 +22,25 @@ if TYPE_CHECKING:
     from embedllm.worker import Worker
 
 EXIT_SECONDS = 1.0  # all engines together, at the end of the process
-POLL_SECONDS = 0.01  # between two looks whether another thread has loaded what this one wants
 
 if "_lock" not in globals():  # once, also where this module is reloaded
     _lock = threading.Lock()
     _cores: weakref.WeakValueDictionary[Hashable, Core] = weakref.WeakValueDictionary()
-    _loading: dict[Hashable, object] = {}  # key -> who builds its core
+    _loading: weakref.WeakValueDictionary[Hashable, threading.Lock] = weakref.WeakValueDictionary()
     _workers: weakref.WeakSet[Worker] = weakref.WeakSet()  # every one whose thread may still run
 
 
 def acquire(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
     """The live core of this key, built if there is none, with one more handle. Raises what `build` raises."""
-    me = object()
-    try:
-        while True:
-            with _lock:
-                core = _cores.get(key)
-                if core is not None and core.worker.alive:
-                    core.handles[handle] = running_cell()
-                    return core
-                mine = _loading.setdefault(key, me) is me
-            if mine:
-                return _build(key, build, handle)
-            time.sleep(POLL_SECONDS)  # not an Event: an interrupt could leave its lock locked
-    finally:
+    with _lock:
+        loading = _loading.setdefault(key, threading.Lock())
+    with loading:  # who else wants this key waits here, and then finds what was built or tries it too
         with _lock:
-            if _loading.get(key) is me:
-                del _loading[key]
+            core = _cores.get(key)
+            if core is not None and core.worker.alive:
+                core.handles[handle] = running_cell()
+                return core
+        return _build(key, build, handle)
 
 
 def _build(key: Hashable, build: Callable[[], Core], handle: object) -> Core:

@@ -54,7 +54,7 @@ class Scheduler:
         self.num_prefix_queries = 0  # prompt tokens looked up
         self.num_prefix_hits = 0  # prompt tokens found
         self._num_plans = 0
-        self._blocked: tuple[int, int] | None = None  # (head of the queue, blocks available when it did not fit)
+        self._blocked: tuple[int, int, int] | None = None  # what the head of the queue did not fit beside
 
     # ---- in and out -------------------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class Scheduler:
             return None
         sequence, pool = self.waiting[0], self.pool
         if self.running:
-            if self._blocked == (sequence.id, pool.num_available):
+            if self._blocked == (sequence.id, pool.num_available, len(self.running)):
                 return None
             if max(sequence, self.running[0], key=_BY_ORDER).num_preemptions >= MAX_PREEMPTIONS:
                 return None  # whoever is not the first in order may be preempted, and that one must not be again
@@ -226,7 +226,7 @@ class Scheduler:
         needed = self.limits.blocks_for(len(sequence.tokens)) - len(blocks) + pool.num_idle(blocks)
         headroom = len(self.running) << min(sequence.num_preemptions, MAX_PREEMPTIONS)
         if needed + reserved + headroom > pool.num_available:
-            self._blocked = (sequence.id, pool.num_available)
+            self._blocked = (sequence.id, pool.num_available, len(self.running))
             return None
         del self.waiting[0]
         pool.share(blocks)

@@ -1,6 +1,6 @@
 """A record of every block and scheduler event of the engine, step by step.
 
-Owns the ring the events go into and their replay as text. The engine builds an event only while a recorder is
+Owns the ring the events go into and how it is read. The engine builds an event only while a recorder is
 attached, and never waits for anybody. Invariant: events are in order; when the ring overflows, `num_lost` says how
 many of the oldest are gone.
 """
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from embedllm import events
+from embedllm.errors import InvalidRequest
 from embedllm.events import Event, Recorder
 from embedllm.plan_types import Plan
 
@@ -40,29 +42,46 @@ class Recorders:
             member.append(event)
 
 
-class Trace:
-    """Events of one engine since it was attached; iterate it for tuples `(name, *numbers)`."""
+class Ring:
+    """The newest events and how many there ever were. The engine holds this, never the Trace that reads it."""
 
-    def __init__(self, num_blocks: int, block_size: int, capacity: int = DEFAULT_CAPACITY) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+    def __init__(self, capacity: int) -> None:
         self.num_recorded = 0
-        self._ring: deque[Event] = deque(maxlen=capacity)
-        self._on_stop: Callable[[], None] | None = None
+        self.events: deque[Event] = deque(maxlen=capacity)
 
     def append(self, event: Event) -> None:
         self.num_recorded += 1
-        self._ring.append(event)
+        self.events.append(event)
+
+
+class Trace:
+    """Events of one engine since it was attached; iterate it for tuples `(name, *numbers)`.
+
+    It records until `stop()`, until it is dropped, or until the LLM it came from is closed.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, capacity: int = DEFAULT_CAPACITY) -> None:
+        if type(capacity) is not int or capacity < 1:
+            raise InvalidRequest(f"capacity must be an integer of at least 1, got {capacity!r}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.ring = Ring(capacity)
+        self._finalizer: weakref.finalize[[], Trace] | None = None
 
     def on_stop(self, detach: Callable[[], None]) -> None:
-        """What ends the recording."""
-        self._on_stop = detach
+        """What ends the recording; it must neither block nor hold this trace."""
+        self._finalizer = weakref.finalize(self, detach)
+        self._finalizer.atexit = False
 
     def stop(self) -> None:
         """End the recording; what was recorded stays. Idempotent."""
-        detach, self._on_stop = self._on_stop, None
-        if detach is not None:
-            detach()
+        if self._finalizer is not None:
+            self._finalizer()
+
+    @property
+    def num_recorded(self) -> int:
+        """Events since the beginning, lost ones included."""
+        return self.ring.num_recorded
 
     def __enter__(self) -> Trace:
         return self
@@ -72,15 +91,15 @@ class Trace:
 
     @property
     def num_lost(self) -> int:
-        return self.num_recorded - len(self._ring)
+        return self.num_recorded - len(self.ring.events)
 
     def __len__(self) -> int:
-        return len(self._ring)
+        return len(self.ring.events)
 
     def __iter__(self) -> Iterator[Event]:
         while True:
             with contextlib.suppress(RuntimeError):  # the engine went on recording meanwhile
-                return iter(list(self._ring))
+                return iter(list(self.ring.events))
 
     def steps(self) -> Iterator[list[Event]]:
         """The events grouped by step: each group begins with its "step" event, the first with what came before."""

@@ -22,7 +22,15 @@ from typing import TypeVar
 
 from embedllm.channel import SLICE, Channel, fire
 from embedllm.engine import Engine
-from embedllm.errors import EngineClosed, EngineDead, EngineForked, EngineReentered, QueueFull, RequestFailed
+from embedllm.errors import (
+    EngineClosed,
+    EngineDead,
+    EngineForked,
+    EngineReentered,
+    QueueFull,
+    RequestCancelled,
+    RequestFailed,
+)
 from embedllm.faults import StepStopped, let_go
 from embedllm.outputs import Timing, Usage
 from embedllm.request import Ended, Request, StepOutput
@@ -115,7 +123,9 @@ class Worker:
         def take() -> None:
             if self._error is not None:
                 self._refuse(channel)
-            elif not channel.is_abandoned:
+            elif channel.is_abandoned:
+                self._refuse(channel, RequestCancelled(f"request {request.id} was cancelled before it was taken"))
+            else:
                 self._channels[request.id] = channel
                 self._engine.submit(request)
 
@@ -143,12 +153,25 @@ class Worker:
         There is no watchdog thread: whoever waits is the watchdog. Raises EngineForked and EngineReentered.
         """
         self.check_caller("waiting")
-        channel.last_read = time.monotonic()
-        if channel.parked:
-            self._post(lambda: self._resume(channel))
+        self.note_reader(channel)
         self._look_for_life()
         if self._gone and self._error is not None and channel.ended is None:
             self._refuse(channel)
+
+    def note_reader(self, channel: Channel) -> None:
+        """Somebody looks at the request: it is not unread, and if it was set aside it goes on. Never raises."""
+        channel.last_read = time.monotonic()
+        if channel.parked:
+            self._post(lambda: self._resume(channel))
+
+    def tell(self, function: Callable[[Engine], object]) -> None:
+        """Run a function on the engine between two steps, some time. Safe from finalizers: never blocks or raises."""
+
+        def run() -> None:
+            if self._error is None:
+                function(self._engine)
+
+        self._post(run)
 
     def call(self, function: Callable[[Engine], T], timeout: float | None = None) -> T:
         """Run a function on the engine between two steps and return its result.
@@ -243,8 +266,8 @@ class Worker:
                 if not self._gone:
                     self._engine.start_over(error)
 
-    def _refuse(self, channel: Channel) -> None:
-        channel.end(Ended(channel.request_id, Usage(), Timing(), None, self._error))
+    def _refuse(self, channel: Channel, error: Exception | None = None) -> None:
+        channel.end(Ended(channel.request_id, Usage(), Timing(), None, error or self._error))
         fire(channel.take_waiters())
 
     # ---- the engine's thread ----------------------------------------------------------------------------------

@@ -26,8 +26,29 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-def bar(total: int, what: str, progress: bool | None, **options: Any) -> tqdm[Any]:
-    """A tqdm bar; silent unless `bar_wanted`. Close it, or use it in a with statement."""
+class Silent:
+    """What is shown where nobody looks. Not a disabled tqdm: that would start tqdm's monitoring thread all the same."""
+
+    disable = True
+    n = 0
+
+    def update(self, n: float = 1) -> None:
+        """Nothing is drawn."""
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """Nothing is drawn."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Nothing was opened."""
+
+
+def bar(total: int, what: str, progress: bool | None, **options: Any) -> tqdm[Any] | Silent:
+    """A tqdm bar where one is wanted. Use it in a with statement."""
+    if not bar_wanted(progress):
+        return Silent()
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=what, disable=not bar_wanted(progress), leave=False, **options)
+    return tqdm(total=total, desc=what, leave=False, **options)

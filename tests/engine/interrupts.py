@@ -1,8 +1,9 @@
 """Raises KeyboardInterrupt in the main thread at random points of everyday code, and looks what is left. A program.
 
-    python tests/engine/interrupts.py trace|signal COUNT SEED
+    python tests/engine/interrupts.py point|time COUNT SEED
 
-trace: at a random line of Python among all that run, in whatever module or finalizer. signal: SIGINT at a random time.
+It is SIGINT. point: at a random one of all the places where Python looks for signals (where a function begins, and where
+a C function has returned), in whatever module or finalizer. time: at a random moment.
 After each: the request is gone within one step, no thread is left behind, and the next request is right.
 """
 
@@ -91,45 +92,37 @@ OPTIONS: dict[str, Any] = {"num_kv_blocks": 512, "block_size": 4, "max_batch_tok
 llm_model = Hooked(delay=0.0003)
 
 
-class Tracer:
-    """Counts the lines this thread runs, and raises at one of them."""
+class Points:
+    """Counts the places where this thread looks for signals, and interrupts it at one of them."""
 
     def __init__(self, at: int) -> None:
         self.at = at
-        self.num_lines = 0
-        self.fired = False
+        self.count = 0
 
-    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "line" and not self.fired:
-            self.num_lines += 1
-            if self.num_lines == self.at:
-                self.fired = True
-                raise KeyboardInterrupt
-        return self
+    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
+        if event in ("call", "c_return"):
+            self.count += 1
+            if self.count == self.at:
+                signal.raise_signal(signal.SIGINT)
 
     def run(self, scene: Callable[[embedllm.LLM], object], llm: embedllm.LLM) -> None:
-        sys.settrace(self)
+        sys.setprofile(self)
         try:
             scene(llm)
         finally:
-            sys.settrace(None)
+            sys.setprofile(None)
 
 
-def under_trace(scene: Callable[[embedllm.LLM], object], llm: embedllm.LLM, rng: random.Random) -> None:
-    Tracer(rng.randint(1, num_lines[scene])).run(scene, llm)
+def at_a_point(scene: Callable[[embedllm.LLM], object], llm: embedllm.LLM, rng: random.Random) -> None:
+    Points(rng.randint(1, num_points[scene])).run(scene, llm)
 
 
-def under_signal(scene: Callable[[embedllm.LLM], object], llm: embedllm.LLM, rng: random.Random) -> None:
-    """The handler puts itself out, so that a late signal does not hit what follows."""
+def at_a_time(scene: Callable[[embedllm.LLM], object], llm: embedllm.LLM, rng: random.Random) -> None:
     signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, seconds[scene]))
     try:
         scene(llm)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def settle(llm: embedllm.LLM) -> bool:
@@ -154,9 +147,9 @@ def main(kind: str, count: int, seed: int) -> None:
     with opened(llm_model, **OPTIONS) as llm:
         for scene in SCENES:
             scene(llm)
-            tracer, began = Tracer(0), time.monotonic()
-            tracer.run(scene, llm)
-            num_lines[scene] = tracer.num_lines
+            points = Points(0)
+            points.run(scene, llm)
+            num_points[scene] = points.count
             began = time.monotonic()
             scene(llm)
             seconds[scene] = time.monotonic() - began
@@ -165,7 +158,7 @@ def main(kind: str, count: int, seed: int) -> None:
         for turn in range(count):
             scene = SCENES[turn % len(SCENES)]
             try:
-                (under_trace if kind == "trace" else under_signal)(scene, llm, rng)
+                (at_a_point if kind == "point" else at_a_time)(scene, llm, rng)
             except KeyboardInterrupt:
                 interrupted += 1
             at_once += settle(llm)
@@ -178,10 +171,12 @@ def main(kind: str, count: int, seed: int) -> None:
     print(f"{kind}: {interrupted} of {count} interrupts raised, blocks back at once {at_once}, right {count}/{count}")
 
 
-num_lines: dict[Callable[[embedllm.LLM], object], int] = {}
+num_points: dict[Callable[[embedllm.LLM], object], int] = {}
 seconds: dict[Callable[[embedllm.LLM], object], float] = {}
 num_threads = 0
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGALRM, interrupt)
+    signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    if sys.version_info < (3, 11):  # from then on asyncio.run makes an interrupt a cancelled task
+        SCENES.remove(await_one)
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

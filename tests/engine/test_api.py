@@ -3,6 +3,7 @@
 import asyncio
 import collections.abc
 import dataclasses
+import gc
 import inspect
 import io
 import math
@@ -488,15 +489,57 @@ def test_an_unread_stream_is_set_aside_and_resumes(monkeypatch: pytest.MonkeyPat
         until(lambda: llm.stats().num_requests_parked == 1)
         stats = llm.stats()
         assert (stats.num_requests_running, stats.num_requests_waiting) == (2, 0)
-        parked = len(unread.tokens)
+        record = unread._channel.samples[0]  # looking at the handle would count as reading
+        parked = record.num_tokens
         assert 0 < parked < 300
         time.sleep(0.05)
-        assert len(unread.tokens) == parked, "it runs although nobody reads it"
+        assert record.num_tokens == parked, "it runs although nobody reads it"
         rest = [token for delta in cursor for token in delta.tokens]
         assert first.tokens + rest == model.expected(prompt_of(2), 300)
         following.join()
         assert read.result().tokens == model.expected(prompt_of(3), 400)  # was read all the time
         assert background.result().tokens == model.expected(prompt_of(1), 400)  # need not be read
+
+
+def test_a_stream_that_is_polled_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "READER_PATIENCE", 0.05)
+    monkeypatch.setattr(worker, "SWEEP_SECONDS", 0.01)
+    model = Hooked(delay=0.002)
+    with opened(model) as llm:
+        polled = llm.stream(prompt_of(1), max_tokens=200)
+        until(lambda: polled.done)
+        assert polled.tokens == model.expected(prompt_of(1), 200)
+
+
+def test_a_stream_left_before_the_engine_took_it_has_ended() -> None:
+    model = Hooked(delay=0.05)
+    with opened(model) as llm:
+        llm.submit(prompt_of(1), max_tokens=20)
+        generation = llm.stream(prompt_of(2), max_tokens=20)
+        cursor = iter(generation)
+        cursor._start()
+        cursor.close()
+        with pytest.raises(RequestCancelled):
+            generation.result(timeout=10)
+
+
+def test_pins_and_traces_end_with_their_handle_or_when_dropped() -> None:
+    model = HashLM()
+    prompt = prompt_of(1) * 8
+    with embedllm.LLM(model, block_size=4) as other:  # keeps the engine alive
+        engine = engine_of(other)
+        llm = embedllm.LLM(model, block_size=4)
+        pin, trace = llm.cache.pin(prompt), llm.trace()
+        assert engine.scheduler.num_pinned and engine._recorders
+        del pin, trace
+        gc.collect()
+        until(lambda: not engine.scheduler.num_pinned and not engine._recorders)
+        pin, trace = llm.cache.pin(prompt), llm.trace()
+        llm.close()
+        until(lambda: not engine.scheduler.num_pinned and not engine._recorders)
+        pin.unpin()
+        trace.stop()
+        assert other.generate(prompt, max_tokens=4).tokens == model.expected(prompt, 4)
 
 
 def test_who_waits_long_is_not_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -419,11 +419,12 @@ def test_a_lost_cancel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         generation = llm.submit(prompt_of(1), max_tokens=LONG)
         next(iter(generation))
         del generation
-        until(lambda: llm.stats().num_requests_running == 0)
+        until(lambda: llm.stats().num_requests_running == 0, 0.5)  # LONG takes longer
         kept = llm.stream(prompt_of(1), max_tokens=LONG)
         for _ in kept:
             break
-        until(lambda: llm.stats().num_requests_running == 0)
+        until(lambda: llm.stats().num_requests_running == 0, 0.5)
+        assert len(kept.tokens) < LONG
 
 
 # ---- close ------------------------------------------------------------------------------------------------------
@@ -449,7 +450,7 @@ def test_close_ends_waits_in_other_threads() -> None:
         for thread in threads:
             thread.join(2)
         assert time.monotonic() - began < 2
-        assert len(seen) == 8 and all(isinstance(one, embedllm.Completion) and one.tokens for one in seen)
+        assert len(seen) == 8 and all(isinstance(one, embedllm.Completion) for one in seen)
         llm.close()
         with pytest.raises(EngineClosed):
             llm.generate(prompt_of(1))
@@ -511,9 +512,9 @@ COUNT = int(os.environ.get("EMBEDLLM_INTERRUPTS", "100"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["trace", "signal"])
+@pytest.mark.parametrize("kind", ["point", "time"])
 def test_keyboard_interrupt_at_random_points(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """100 lines of the main thread, and 100 moments in time: the request is gone, the next one is right, every time."""
+    """At 100 of the places where Python looks for signals, and at 100 moments: all is back, and the next is right."""
     told = run_interrupts(kind, COUNT)
     assert f"{COUNT}/{COUNT}" in told
     with capsys.disabled():

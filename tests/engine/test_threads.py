@@ -59,7 +59,7 @@ async def one_task(llm: embedllm.LLM, model: Hooked, number: int) -> None:
 @pytest.mark.slow
 def test_64_threads_of_50_calls_and_64_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     model = Hooked(vocab_size=BYTES, eos_every=30)
-    with opened(model, tokenizer=ByteTokenizer(), num_kv_blocks=256, block_size=1, max_num_seqs=48) as llm:
+    with opened(model, tokenizer=ByteTokenizer(), num_kv_blocks=128, block_size=1, max_num_seqs=48) as llm:
         engine_of(llm)._debug = False  # recounting every step is for smaller worlds
 
         def calls(number: int) -> None:
