@@ -2,8 +2,8 @@
 
     python tests/engine/interrupts.py point|time COUNT SEED
 
-It is SIGINT. point: at a random one of all the places where Python looks for signals (where a function begins, and where
-a C function has returned), in whatever module or finalizer. time: at a random moment.
+It is SIGINT. point: at a random one of all the places where Python looks for signals (where a function begins, and
+where a C function has returned), in whatever module or finalizer. time: at a random moment.
 After each: the request is gone within one step, no thread is left behind, and the next request is right.
 """
 
