@@ -47,8 +47,8 @@ class LLM:
     dtype: "auto", "float32", "bfloat16", "float16". device: "auto" or "cpu".
     kv_cache_memory: "auto", bytes, "4GiB", or a float in (0, 1) of the memory that is free; num_kv_blocks overrides it.
     block_size: tokens per KV block. max_model_len: longest prompt plus output.
-    max_num_seqs: most sequences running at once. max_batch_tokens: most tokens per step; "auto" on a CPU measures how
-        many keep a step within 150 ms.
+    max_num_seqs: most sequences running at once. max_batch_tokens: most tokens per step; "auto" on a CPU learns,
+        while running, how many keep a step within 150 ms.
     prefix_caching, chunked_prefill: on by default; no effect on tokens, only on speed.
     quantization, speculative: not available yet.
     seed: what unseeded requests draw from. tokenizer: "auto", None (token ids only), a folder or Hub id, or an object.
