@@ -26,6 +26,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_CHARACTERS = 16 * 2**20  # of a rendered prompt, and of any string or list on the way there
 DEADLINE = "deadline!"  # a context key that no template can name
+_ITEM = 16  # what a member of a list weighs beside a character: a pointer, twice while the list grows
 _MAX_NUMBER = 10**6  # for a width or a count
 _SIZED = frozenset({"batch", "center", "indent", "slice", "tojson", "truncate", "wordwrap"})  # filters that take one
 _WIDE = re.compile(r"[%{][^}]*?(\d{7,}|\*)")  # a width in a format string, or one that comes with the arguments
@@ -195,8 +196,10 @@ def _check_join(values: object, between: object = "", *_: object) -> None:
 
 def measured(value: Any) -> Any:
     """The value, unless it is too long."""
-    if isinstance(value, (str, list, tuple, dict)):
+    if isinstance(value, str):
         _check_size(len(value))
+    elif isinstance(value, (list, tuple, dict)):
+        _check_size(len(value) * _ITEM)
     return value
 
 
