@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-MAX_CHARACTERS = 16 * 2**20  # of a rendered prompt, and of any string or list on the way there
+MAX_CHARACTERS = 16 * 2**20  # of a rendered prompt, and of any string on the way there; a list holds a 16th of that
 DEADLINE = "deadline!"  # a context key that no template can name
 _ITEM = 16  # what a member of a list weighs beside a character: a pointer, twice while the list grows
 _MAX_NUMBER = 10**6  # for a width or a count
