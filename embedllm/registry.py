@@ -34,13 +34,16 @@ def acquire(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
     """The live core of this key, built if there is none, with one more handle. Raises what `build` raises."""
     with _lock:
         loading = _loading.setdefault(key, threading.Lock())
-    with loading:  # who else wants this key waits here, and then finds what was built or tries it too
-        with _lock:
-            core = _cores.get(key)
-            if core is not None and core.worker.alive:
-                core.handles[handle] = running_cell()
-                return core
-        return _build(key, build, handle)
+    try:
+        with loading:  # who else wants this key waits here, and then finds what was built or tries it too
+            with _lock:
+                core = _cores.get(key)
+                if core is not None and core.worker.alive:
+                    core.handles[handle] = running_cell()
+                    return core
+            return _build(key, build, handle)
+    finally:
+        del loading  # the traceback of a failed load may be kept, and this frame with it
 
 
 def _build(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
