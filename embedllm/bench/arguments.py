@@ -17,7 +17,7 @@ Runs fixed, seeded work and prints what it took. Workloads: mixed (32 requests, 
 workload: 256 requests, 100 to 1,024 tokens in and out). Probes of the engine alone: overhead (CPU time of a step
 outside the model), waste (KV memory on chat-like lengths). Default: mixed.
 
-Peers run in the same process on the same weights, token ids and output lengths, taking turns round by round:
+Peers run on the same weights, token ids and output lengths, each in a process of its own, taking turns round by round:
   hf         transformers generate(), one prompt after another
   hf-batch   transformers generate() on padded batches of 32
   hf-cb      transformers continuous batching

@@ -1,7 +1,7 @@
 """From the command line to figures: load everybody, let them take turns, report.
 
-Owns the order of things. Invariant: in every round each engine does the same work once, in an order that rotates, so
-that a machine getting slower or faster is felt by all.
+Owns the order of things. Invariant: in every round each engine does the same work once, alone, in an order that
+rotates, so that a machine getting slower or faster is felt by all.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import embedllm
+from embedllm.bench.apart import Apart, Recipe
 from embedllm.bench.arguments import PROBES, chosen
-from embedllm.bench.engines import Embedllm, Engine
+from embedllm.bench.engines import Engine
 from embedllm.bench.report import Comparison, Entry, envelope, machine
 from embedllm.bench.workloads import Workload, workload
 from embedllm.errors import InvalidRequest, MissingDependency, UnsupportedModel
@@ -109,33 +110,30 @@ def _open(
     """embedllm and every peer that can run here, warmed up; and why the others cannot."""
     import torch
 
-    engines: list[Engine] = [Embedllm(model, args.dtype, longest)]
+    engines: list[Engine] = []
     skipped: dict[str, str] = {}
-    folder = Path(model) if model is not None else BOX
-    shared: list[Any] = []  # the transformers model, loaded once
-    for name in against:
-        try:
-            if name == "llama.cpp":
-                from embedllm.bench.llama_cpp import LlamaCpp
-
-                engines.append(LlamaCpp(folder, scratch, args.dtype, longest, torch.get_num_threads()))
-            else:
-                engines.append(_transformers(name, folder if folder.is_dir() else model, shared, args.dtype, longest))
-        except (MissingDependency, UnsupportedModel) as error:
-            skipped[name] = str(error)
-    for engine in engines:
-        engine.warm_up()
+    try:
+        for name in ["embedllm", *against]:
+            recipe = Recipe(
+                name=name,
+                model=None if model is None else str(model),
+                box=str(BOX),
+                dtype=args.dtype,
+                longest=longest,
+                threads=torch.get_num_threads(),
+                scratch=str(scratch),
+            )
+            try:
+                engines.append(Apart(recipe))
+            except (MissingDependency, UnsupportedModel) as error:
+                if name == "embedllm":
+                    raise
+                skipped[name] = str(error)
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
     return engines, skipped
-
-
-def _transformers(name: str, source: Any, shared: list[Any], dtype: str, longest: int) -> Engine:
-    from embedllm.bench.peers import HFContinuous, HFGenerate, load_transformers
-
-    if not shared:
-        shared.append(load_transformers(source, dtype))
-    if name == "hf-cb":
-        return HFContinuous(shared[0], longest)
-    return HFGenerate(shared[0], batch=1 if name == "hf" else 32)
 
 
 def _take_turns(work: Workload, engines: list[Engine], rounds: int, skipped: dict[str, str]) -> Comparison:

@@ -66,13 +66,14 @@ def test_workloads_are_what_their_names_say() -> None:
 # ---- comparisons ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_engines_do_the_same_work(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "figures.json"
-    line = ["bench", "mixed", "shared-prefix", "-m", model, "--dtype", "float32", "--scale", "0.1", "--rounds", "2"]
+    line = ["bench", "mixed", "single", "-m", model, "--dtype", "float32", "--scale", "0.1", "--rounds", "2"]
     assert main([*line, "--against", "hf,hf-batch,hf-cb", "--json", str(target)]) == 0
     found = json.loads(target.read_text())
     assert {"date", "command", "settings", "machine", "versions", "results"} <= found.keys()
-    assert [result["workload"] for result in found["results"]] == ["mixed", "shared-prefix"]
+    assert [result["workload"] for result in found["results"]] == ["mixed", "single"]
     for result in found["results"]:
         assert [engine["engine"] for engine in result["engines"]] == ["embedllm", "hf", "hf-batch", "hf-cb"]
         assert all(len(engine["seconds"]) == 2 for engine in result["engines"])
@@ -91,12 +92,19 @@ def test_json_alone_goes_to_stdout(model: str, capsys: pytest.CaptureFixture[str
 
 
 def test_a_peer_that_is_not_installed_is_named(
-    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
     line = ["bench", "single", "-m", model, "--dtype", "float32", "--rounds", "1", "--against", "llama.cpp"]
     assert main(line) == 0
     assert "llama.cpp skipped: the llama.cpp peer needs: pip install llama-cpp-python gguf" in capsys.readouterr().out
+
+
+def test_an_engine_that_cannot_open_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 100, "model_type": "llama", "architectures": ["Nonsense"]}')
+    assert main(["bench", "single", "-m", str(tmp_path), "--rounds", "1"]) == 1
+    assert capsys.readouterr().err.startswith("embedllm bench: ")
 
 
 def test_rounds_do_not_warm_each_other(model: str) -> None:
@@ -106,7 +114,7 @@ def test_rounds_do_not_warm_each_other(model: str) -> None:
         for _ in range(2):
             engine.run(workload("single", 128))
         assert engine.llm.stats().prefix_cache_hits == 0
-        engine.run(workload("shared-prefix", 128, 0.1))
+        engine.run(workload("shared-prefix", 128, 0.5))
         assert engine.llm.stats().prefix_cache_hits > 0
     finally:
         engine.close()
