@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from embedllm import process
 from embedllm.config import Limits, Options, parse_memory
 from embedllm.engine import Engine
 from embedllm.errors import InvalidRequest, OutOfMemory
@@ -162,6 +163,8 @@ def _from_files(model: Any, options: Options) -> Core:
     )
     limits = _limits(loaded, options)
     kv = KVCache(loaded.kv_group, limits.num_blocks, limits.block_size, device)
+    if device.type == "cpu":
+        process.release_thread_pool()  # the engine computes on its own thread from here on
     note = loaded.note  # the function below must not hold the weights
     sizes = {
         "weights": loaded.num_bytes,
