@@ -142,7 +142,7 @@ class Engine:
 
     def cancel(self, request_id: int) -> None:
         """End a request in any state; its blocks are back when this returns. Unknown and ended ids are ignored."""
-        self.cancel_asked.discard(request_id)
+        self.cancel_asked.discard(request_id)  # also of a request that never came
         live = self._live.get(request_id)
         if live is not None:
             self._end(live, RequestCancelled(f"request {request_id} was cancelled"), "cancelled")
@@ -335,6 +335,7 @@ class Engine:
     def _end(self, live: Live, error: BaseException | None, reason: FinishReason = "error") -> None:
         """Say the last word about a request, then drop everything it holds."""
         request, now = live.request, self._clock()
+        self.cancel_asked.discard(request.id)
         if self._live.pop(request.id, None) is None:
             return
         if error is None:

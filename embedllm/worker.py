@@ -62,7 +62,9 @@ class Worker:
         self._beat_seen = self._last_look = self._stuck = 0.0
         self._warned = False
         self._next_sweep = 0.0
-        self._thread = threading.Thread(target=self._run, name=f"embedllm-{name}", daemon=True)
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # holds one item once the thread is done
+        self._held = [self]  # what the thread runs; taken back where an interrupt leaves it half started
+        self._thread = threading.Thread(target=_run_held, args=(self._held,), name=f"embedllm-{name}", daemon=True)
 
     def start(self) -> None:
         """Start the thread. It ends after `stop`. Raises RuntimeError if the system gives no thread."""
@@ -70,8 +72,10 @@ class Worker:
         self._loop.set_debug(False)  # whatever PYTHONASYNCIODEBUG says of the program's own loops
         try:
             self._thread.start()
-        except RuntimeError:
-            self._loop.close()
+        except BaseException:
+            self._held.clear()
+            if self._thread.ident is None:  # there is no thread
+                self._loop.close()
             raise
 
     # ---- any thread -------------------------------------------------------------------------------------------
@@ -212,15 +216,20 @@ class Worker:
             self._stopping = self._engine.stop_asked = True
             self._post(lambda: None)
 
-    def join(self, timeout: float = JOIN_TIMEOUT) -> bool:
-        """Wait for a stopped thread to end and give its memory back; False if that takes over `timeout` seconds."""
-        if os.getpid() == self._pid and self._thread.ident not in (None, threading.get_ident()):
-            self._thread.join(timeout)
-            return not self._thread.is_alive()
-        return True
+    def join(self, timeout: float = JOIN_TIMEOUT) -> None:
+        """Wait for a stopped thread to end and give its memory back, `timeout` seconds at most.
+
+        Not Thread.join: interrupted at a bad moment, that takes a running thread for a finished one (so does is_alive).
+        """
+        if os.getpid() != self._pid or self._thread.ident in (None, threading.get_ident()):
+            return
+        deadline = time.monotonic() + timeout
+        while not self._gone and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                self._ended.put(self._ended.get(timeout=min(SLICE, left)))  # back, for whoever else waits
 
     def _look_for_life(self) -> None:
-        """Notice a thread that makes no progress, or is no more.
+        """Notice a thread that makes no progress.
 
         Only time in which somebody looked counts: a process that was stopped, or held by a call that kept the
         interpreter lock, kept the engine's thread from working too.
@@ -231,7 +240,7 @@ class Worker:
             self._beat_seen, self._stuck = beat, 0.0
             return
         stuck = self._stuck = self._stuck + min(now - last, 2 * SLICE)
-        if stuck > DEAD or not self._thread.is_alive():
+        if stuck > DEAD:
             self._error = self._error or EngineDead(f"the engine made no progress for {stuck:.0f} s")
             self._gone = True
             for channel in list(self._channels.values()):
@@ -288,6 +297,7 @@ class Worker:
         self._end(error)
         self._loop.close()
         self._gone = True
+        self._ended.put(None)
         self._read_mailbox()
 
     async def _main(self) -> None:
@@ -389,3 +399,9 @@ class Worker:
             self._engine.close()
         except Exception:
             log.error("giving memory back failed", exc_info=True)
+
+
+def _run_held(held: list[Worker]) -> None:
+    """The thread's function. It holds the worker only once it runs."""
+    with contextlib.suppress(IndexError):
+        held.pop()._run()

@@ -142,8 +142,8 @@ def settle(llm: embedllm.LLM) -> bool:
 
 
 def num_running() -> int:
-    """Threads that run. An interrupt within Thread.start can leave one in the list that never will."""
-    return sum(thread.ident is not None for thread in threading.enumerate())
+    """Threads that run. An interrupt within Thread.start can leave one that never gets to."""
+    return sum(thread.is_alive() for thread in threading.enumerate())
 
 
 def main(kind: str, count: int, seed: int) -> None:
@@ -167,6 +167,11 @@ def main(kind: str, count: int, seed: int) -> None:
             try:
                 (at_a_point if kind == "point" else at_a_time)(scene, llm, rng)
             except (KeyboardInterrupt, asyncio.CancelledError):  # asyncio.run makes one of the other, not always back
+                interrupted += 1
+            except Exception as error:
+                # Python's own: loops and tasks interrupted half made; an Event that finds its lock let go already.
+                if scene is not await_one and not isinstance(error.__context__, KeyboardInterrupt):
+                    raise
                 interrupted += 1
             at_once += settle(llm)
             number = turn % 50

@@ -141,7 +141,8 @@ def test_close_ends_the_thread_and_gives_the_model_back() -> None:
     thread, runner = thread_of(llm), weakref.ref(engine_of(llm)._run)
     running = llm.submit(prompt_of(1), max_tokens=LONG)
     llm.close()
-    assert not thread.is_alive() and model.closed and llm.closed
+    assert model.closed and llm.closed
+    until(lambda: not thread.is_alive(), 0.2)
     assert runner() is None, "a closed LLM still holds its model"
     assert running.done
     llm.close()
@@ -212,7 +213,8 @@ def test_kept_results_keep_nothing_else() -> None:
     out.append(llm.trace())
     llm.close()
     del llm
-    assert not thread.is_alive() and runner() is None
+    assert runner() is None
+    until(lambda: not thread.is_alive(), 0.2)
     assert len(out) == 7 and isinstance(out[4], RequestFailed)
 
 
@@ -401,7 +403,7 @@ def test_no_threads_but_the_engines() -> None:
     with embedllm.LLM(Hooked()) as llm:
         llm.generate([prompt_of(1), prompt_of(2)], max_tokens=3)
         assert threading.active_count() == before + 1
-    assert threading.active_count() == before
+    until(lambda: threading.active_count() == before, 0.2)
 
 
 # ---- memory of a real model -------------------------------------------------------------------------------------
