@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from embedllm import process
 from embedllm.config import Limits, Options, parse_memory
 from embedllm.engine import Engine
 from embedllm.errors import InvalidRequest, OutOfMemory
+from embedllm.machine import free_memory
 from embedllm.pace import Pace
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
 from embedllm.worker import Worker
@@ -46,12 +46,14 @@ class ModelInfo:
 class Memory:
     """Bytes. weights: the model. kv_cache: all blocks. free: what the process may still take.
 
+    workspace: what activations and logits of the largest step take for its moment, estimated from shapes.
     note: why a dtype was chosen, "" where it was asked for.
     """
 
     weights: int
     kv_cache: int
     kv_bytes_per_token: int
+    workspace: int
     free: int
     note: str = ""
 
@@ -136,16 +138,17 @@ def _from_object(model: Any, options: Options) -> Core:
         defaults={},
         eos_ids=tuple(model.eos_ids),
         runner=model.runner(limits),
-        memory=lambda: Memory(weights=0, kv_cache=0, kv_bytes_per_token=0, free=0),
+        memory=lambda: Memory(weights=0, kv_cache=0, kv_bytes_per_token=0, workspace=0, free=0),
     )
 
 
 def _from_files(model: Any, options: Options) -> Core:
     import torch
 
-    from embedllm.kv_cache import KVCache, free_memory
+    from embedllm.kv_cache import KVCache
     from embedllm.models import hub
     from embedllm.models.load import load
+    from embedllm.openmp import release_pool
     from embedllm.runner import Runner
 
     device = torch.device(_device(options.device))
@@ -164,12 +167,13 @@ def _from_files(model: Any, options: Options) -> Core:
     limits = _limits(loaded, options)
     kv = KVCache(loaded.kv_group, limits.num_blocks, limits.block_size, device)
     if device.type == "cpu":
-        process.release_thread_pool()  # the engine computes on its own thread from here on
+        release_pool()  # the engine computes on its own thread from here on
     note = loaded.note  # the function below must not hold the weights
     sizes = {
         "weights": loaded.num_bytes,
         "kv_cache": kv.num_bytes,
         "kv_bytes_per_token": loaded.kv_group.bytes_per_token,
+        "workspace": _workspace(loaded, limits),
     }
     paced = device.type == "cpu" and options.max_batch_tokens == "auto" and options.chunked_prefill
     return Core(
@@ -195,8 +199,6 @@ def _from_files(model: Any, options: Options) -> Core:
 
 def _limits(loaded: Loaded, options: Options) -> Limits:
     """The engine's sizes for a loaded model. The context shrinks to what the cache holds, unless it was asked for."""
-    from embedllm.kv_cache import free_memory
-
     group, max_model_len = loaded.kv_group, loaded.max_model_len
     max_num_seqs = _auto(options.max_num_seqs, max_sequences(loaded.device.type))
     num_blocks = choose_num_blocks(group, options, max_num_seqs, max_model_len, free_memory())
@@ -222,6 +224,12 @@ def _limits(loaded: Loaded, options: Options) -> Limits:
     )
 
 
+def _workspace(loaded: Loaded, limits: Limits) -> int:
+    """Bytes of the largest step: every token's values in a layer, and the logits with a sampler's copy of them."""
+    tokens = limits.max_batch_tokens * loaded.values_per_token * loaded.dtype.itemsize
+    return tokens + 2 * limits.max_num_seqs * loaded.vocab_size * 4
+
+
 def max_sequences(device_type: str) -> int:
     """What max_num_seqs="auto" means."""
     return 64 if device_type == "cpu" else 256
@@ -232,6 +240,9 @@ def choose_num_blocks(group: KVGroup, options: Options, max_num_seqs: int, max_m
     from embedllm.kv_cache import auto_num_blocks
 
     if options.num_kv_blocks is not None:
+        size = options.num_kv_blocks * group.bytes_per_block(options.block_size)
+        if size > free:
+            raise OutOfMemory(f"num_kv_blocks={options.num_kv_blocks:,} take {size:,} bytes; {free:,} are free")
         return options.num_kv_blocks
     if options.kv_cache_memory != "auto":
         size = parse_memory(options.kv_cache_memory, free)

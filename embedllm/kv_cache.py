@@ -1,4 +1,4 @@
-"""The memory that keys and values live in, and how much of it there may be.
+"""The memory that keys and values live in, and how much of it there should be.
 
 Owns the block-major storage [num_blocks, layers, block_size, width]: one block is one contiguous run of bytes across
 all layers, so saving, moving or copying it is one copy. Knows no sequence: a block is an index. Invariant: nothing is
@@ -8,16 +8,13 @@ written.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from embedllm.errors import InvalidRequest, OutOfMemory
 
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 MAX_SLOTS = 2**31 - 1  # slots travel as int32
 
 
@@ -121,95 +118,3 @@ def auto_num_blocks(group: KVGroup, *, block_size: int, max_num_seqs: int, max_m
             "free memory, lower block_size, or set kv_cache_memory"
         )
     return min(wanted, affordable, MAX_SLOTS // block_size)
-
-
-def free_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Bytes this process may still take on the host: the least of `memory_limits`."""
-    return min(memory_limits(proc, cgroups).values())
-
-
-def memory_limits(proc: Path = PROC, cgroups: Path = CGROUPS) -> dict[str, int]:
-    """What is free by each account that applies: "host", "cgroup", "address space" and "data segment".
-
-    Page cache that the kernel would drop counts as free in all of them.
-    """
-    limits = {"host": _host_free(proc)}
-    group = _cgroup_free(proc, cgroups)
-    if group is not None:
-        limits["cgroup"] = group
-    return limits | _rlimits_free(proc)
-
-
-def _host_free(proc: Path) -> int:
-    try:
-        return _fields(proc / "meminfo")["MemAvailable"] * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _cgroup_free(proc: Path, cgroups: Path) -> int | None:
-    """The least over this process's memory cgroup and its ancestors, version 1 or 2; None where none has a limit."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, names = cgroups, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root = cgroups / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # In a container the path may be the host's; then the files stand at the mount itself.
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(parts), -1, -1):
-            free = _group_free(root.joinpath(*parts[:depth]), *names)
-            if free is not None:
-                found.append(free)
-    return min(found, default=None)
-
-
-def _group_free(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> int | None:
-    try:
-        limit = (folder / limit_name).read_text().strip()
-        usage = int((folder / usage_name).read_text())
-    except (OSError, ValueError):
-        return None
-    if not limit.isdigit() or int(limit) >= 2**60:  # "max", or version 1's way to say it
-        return None
-    try:
-        cache = _fields(folder / "memory.stat").get(cache_name, 0)
-    except OSError:
-        cache = 0
-    return max(0, int(limit) - usage + cache)
-
-
-def _rlimits_free(proc: Path) -> dict[str, int]:
-    try:
-        import resource
-
-        status = _fields(proc / "self" / "status")
-    except (ImportError, OSError):
-        return {}
-    free = {}
-    for name, which, used in (
-        ("address space", resource.RLIMIT_AS, "VmSize"),
-        ("data segment", resource.RLIMIT_DATA, "VmData"),
-    ):
-        limit = resource.getrlimit(which)[0]
-        if limit != resource.RLIM_INFINITY and used in status:
-            free[name] = max(0, limit - status[used] * 1024)
-    return free
-
-
-def _fields(path: Path) -> dict[str, int]:
-    """`Name: 123 kB` or `name 123` lines; what is no number is left out."""
-    fields = {}
-    for line in path.read_text().splitlines():
-        words = line.replace(":", " ").split()
-        if len(words) >= 2 and words[1].isdigit():
-            fields[words[0]] = int(words[1])
-    return fields

@@ -7,11 +7,7 @@ import. Invariant: calling any of them twice changes nothing more, and nobody el
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from embedllm.errors import EngineError
@@ -48,22 +44,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def release_thread_pool() -> bool:
-    """End the idle OpenMP threads that belong to the calling thread; they come back when it next computes.
-
-    As soon as all pools of a process together have more threads than there are processors, GNU's OpenMP lets every
-    pool sleep between two operations instead of spinning for a moment. The pool left over from loading in the caller's
-    thread would slow each step of the engine's thread so: by a fifth, measured on two cores. Called after loading.
-    False where torch uses another OpenMP, which does no such thing. OpenMP 5.0, omp_pause_resource_all(omp_pause_soft).
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    import torch
-
-    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    for library in (*bundled, Path("libgomp.so.1")):
-        with contextlib.suppress(OSError, AttributeError):  # not loaded, or older than OpenMP 5.0
-            return bool(ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW).omp_pause_resource_all(1) == 0)
-    return False

@@ -17,6 +17,7 @@ from torch import Tensor
 from embedllm.batch import Batch, build
 from embedllm.errors import EngineClosed
 from embedllm.kv_cache import KVCache
+from embedllm.openmp import Team
 from embedllm.plan_types import Plan
 
 LOGIT_ROWS = 16  # of one slice of prompt logprobs: 16 rows of 151,936 logits are 10 MB
@@ -48,6 +49,7 @@ class Runner:
     def __init__(self, model: Model, kv_cache: KVCache) -> None:
         self._model: Model | None = model
         self._kv = kv_cache
+        self._team = Team() if kv_cache.blocks.device.type == "cpu" else None
 
     @property
     def kv_cache(self) -> KVCache:
@@ -56,6 +58,8 @@ class Runner:
     def __call__(self, plan: Plan, between_layers: Callable[[], None] | None = None) -> ModelOutput:
         """Run one step. `between_layers` is called before every layer; what it raises ends the step."""
         model = self._open()
+        if self._team is not None:
+            self._team.gather()
         with torch.inference_mode():
             batch = build(plan, self._kv.block_size, self._kv.blocks.device)
             self._kv.copy_blocks(batch.copies)

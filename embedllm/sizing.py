@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from embedllm.config import Options
 from embedllm.core import choose_num_blocks, max_sequences
 from embedllm.errors import InvalidRequest, ModelFormatError, OutOfMemory, UnknownOption, UnsupportedModel
+from embedllm.machine import free_memory
 
 if TYPE_CHECKING:
     import torch
@@ -270,8 +271,6 @@ def _window_waste(windows: tuple[int | None, ...], length: int) -> float:
 
 def _free(device: torch.device) -> int:
     if device.type == "cpu":
-        from embedllm.kv_cache import free_memory
-
         return free_memory()
     import torch
 

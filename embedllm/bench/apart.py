@@ -16,7 +16,6 @@ from typing import Any
 from embedllm.bench.engines import Embedllm, Engine, Run
 from embedllm.bench.workloads import Workload
 from embedllm.errors import EmbedLLMError
-from embedllm.process import release_thread_pool
 
 CLOSE_SECONDS = 10.0
 
@@ -101,7 +100,6 @@ def _serve(line: Connection, recipe: Recipe) -> None:
                 work = line.recv()
             except EOFError:
                 break
-            release_thread_pool()  # of loading, which slows whoever computes on another thread: also the peers'
             line.send(engine.run(work))
         engine.close()
     except (KeyboardInterrupt, BrokenPipeError):

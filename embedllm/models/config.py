@@ -100,6 +100,17 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def values_per_token(self) -> int:
+        """Most values that one token has in flight: residual, norm and output, and attention or the widest MLP."""
+        mlps = [
+            3 * self.intermediate_size
+            if layer.moe is None
+            else layer.moe.num_chosen * (3 * layer.moe.intermediate_size + self.hidden_size)
+            for layer in self.layers
+        ]
+        return 3 * self.hidden_size + self.q_size + max(self.q_size + 2 * self.kv_size, *mlps)
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Read the object of a config.json, transformers 4.x or 5.x spelling.

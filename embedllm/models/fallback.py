@@ -290,6 +290,7 @@ def _load(
         max_model_len=check_length(max_model_len, int(text.max_position_embeddings), snapshot.name),
         vocab_size=int(text.vocab_size),
         num_input_ids=int(model.get_input_embeddings().weight.shape[0]),
+        values_per_token=12 * int(text.hidden_size),  # an MLP of four times the width, beside residual and attention
         note=dtype_note(dtype, saved, chosen),
     )
 

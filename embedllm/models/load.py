@@ -46,8 +46,8 @@ class Loaded:
     """A model ready to run.
 
     native: the native decoder runs it, else transformers' modelling code. max_model_len: most tokens of one sequence.
-    vocab_size: width of the logits. num_input_ids: rows of the embedding. note: why a dtype was chosen, "" where the
-    files or the caller named it.
+    vocab_size: width of the logits. num_input_ids: rows of the embedding. values_per_token: most values that one token
+    has in flight inside a layer, an estimate. note: why a dtype was chosen, "" where the files or the caller named it.
     """
 
     model: Forward
@@ -58,6 +58,7 @@ class Loaded:
     max_model_len: int
     vocab_size: int
     num_input_ids: int
+    values_per_token: int
     note: str = ""
 
     @property
@@ -143,6 +144,7 @@ def _load_native(
         max_model_len=length,
         vocab_size=config.vocab_size,
         num_input_ids=config.vocab_size,
+        values_per_token=config.values_per_token,
         note=dtype_note(dtype, config.dtype, chosen),
     )
 
@@ -162,7 +164,7 @@ def check_room(num_bytes: int, device: torch.device, name: str) -> None:
     """Raises OutOfMemory where the weights cannot fit: the system would grant the memory and later kill the process."""
     import torch
 
-    from embedllm.kv_cache import free_memory
+    from embedllm.machine import free_memory
 
     if device.type == "cpu":
         free = free_memory()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("errors", "params", "config", "outputs", "sequence", "plan_types", "events", "request"),
     2: ("blocks", "scheduler", "invariants"),
-    3: ("ops", "quant", "batch", "layers", "models", "loader", "kv_cache", "process"),
+    3: ("ops", "quant", "batch", "layers", "models", "loader", "kv_cache", "process", "machine", "openmp"),
     4: ("sampler", "speculative", "structured", "graphs", "runner"),
     5: ("engine", "faults", "live", "pins", "readout", "tokenizer", "detokenizer", "metrics", "trace", "pace"),
     6: (
@@ -24,6 +24,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "generation",
         "channel",
         "worker",
+        "watchdog",
         "core",
         "cache",
         "monitor",
