@@ -13,10 +13,8 @@ import itertools
 import logging
 import os
 import queue
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -34,10 +32,10 @@ from embedllm.errors import (
 from embedllm.faults import StepStopped, let_go
 from embedllm.outputs import Timing, Usage
 from embedllm.request import Ended, Request, StepOutput
+from embedllm.watchdog import Watchdog
 
 READER_PATIENCE = 30.0  # seconds a foreground request may go unread before it gives its blocks back
 SWEEP_SECONDS = 1.0  # between two looks for readers that went away
-STALLED, DEAD = 30.0, 120.0  # seconds without a sign of life: then a warning with the stack, then EngineDead
 JOIN_TIMEOUT = 2.0
 
 log = logging.getLogger("embedllm")
@@ -59,8 +57,7 @@ class Worker:
         self._stopping = False  # asked to end
         self._awake = False  # doing something, so `last_beat` should move
         self._gone = False  # nobody reads the mailbox any more
-        self._beat_seen = self._last_look = self._stuck = 0.0
-        self._warned = False
+        self._watchdog = Watchdog(2 * SLICE)
         self._next_sweep = 0.0
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # holds one item once the thread is done
         self._held = [self]  # what the thread runs; taken back where an interrupt leaves it half started
@@ -229,28 +226,15 @@ class Worker:
                 self._ended.put(self._ended.get(timeout=min(SLICE, left)))  # back, for whoever else waits
 
     def _look_for_life(self) -> None:
-        """Notice a thread that makes no progress.
-
-        Only time in which somebody looked counts: a process that was stopped, or held by a call that kept the
-        interpreter lock, kept the engine's thread from working too.
-        """
-        now, beat, last = time.monotonic(), self._engine.last_beat, self._last_look
-        self._last_look = now
-        if self._gone or not self._awake or beat != self._beat_seen:
-            self._beat_seen, self._stuck = beat, 0.0
-            return
-        stuck = self._stuck = self._stuck + min(now - last, 2 * SLICE)
-        if stuck > DEAD:
+        """Notice a thread that makes no progress."""
+        busy = self._awake and not self._gone
+        stuck = self._watchdog.look(self._engine.last_beat, busy, self._thread.ident)
+        if stuck is not None:
             self._error = self._error or EngineDead(f"the engine made no progress for {stuck:.0f} s")
             self._gone = True
             for channel in list(self._channels.values()):
                 self._refuse(channel)
             self._read_mailbox()
-        elif stuck > STALLED and not self._warned:
-            self._warned = True
-            frame = sys._current_frames().get(self._thread.ident or 0)
-            stack = "".join(traceback.format_stack(frame)) if frame is not None else "no stack"
-            log.warning("the engine made no progress for %.0f s; it is in:\n%s", stuck, stack)
 
     def _post(self, message: Callable[[], None]) -> None:
         if os.getpid() != self._pid:

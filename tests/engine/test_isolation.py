@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import embedllm
-from embedllm import sampler, worker
+from embedllm import sampler, watchdog, worker
 from embedllm.channel import Channel
 from embedllm.errors import EngineDead, EngineReentered, RequestCancelled, RequestFailed
 from embedllm.plan_types import Plan
@@ -438,8 +438,8 @@ def hook() -> Iterator[threading.Event]:
 def test_a_step_that_hangs_is_noticed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hook: threading.Event
 ) -> None:
-    monkeypatch.setattr(worker, "STALLED", 0.2)
-    monkeypatch.setattr(worker, "DEAD", 0.8)
+    monkeypatch.setattr(watchdog, "STALLED", 0.2)
+    monkeypatch.setattr(watchdog, "DEAD", 0.8)
     model = Hooked(delay=0.002)
     llm = embedllm.LLM(model)
     threads, heard = wait_in_threads(llm)
