@@ -12,7 +12,7 @@ import random
 import time
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, overload
 
 from embedllm import registry
@@ -81,13 +81,13 @@ class LLM:
 
         Raises InvalidRequest here, before anything is queued, for whatever cannot run as asked.
         """
-        return self._submit(prompt, params, overrides, tools=tools, foreground=False)
+        return self._enqueue(self._request(prompt, params, overrides, tools), foreground=False)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, tools: Any = None, **overrides: Any
     ) -> Generation:
         """The same for reading at once: leaving the loop over it, or interrupting it, ends the request."""
-        return self._submit(prompt, params, overrides, tools=tools, foreground=True)
+        return self._enqueue(self._request(prompt, params, overrides, tools), foreground=True)
 
     @overload
     def generate(
@@ -122,14 +122,14 @@ class LLM:
         """
         self._open().worker.check_caller("generate()")
         if not _is_batch(prompt):
-            return self._submit(prompt, params, overrides, tools=tools, foreground=True).result()
+            return self._enqueue(self._request(prompt, params, overrides, tools), foreground=True).result()
         asked: list[Generation | InvalidRequest] = []
         each = _params_for_each(prompt, params)
         SamplingParams(**overrides)  # refused before anything is queued, also for an empty list
         try:
             for one, its in zip(prompt, each, strict=True):
                 try:
-                    asked.append(self._submit_when_room(asked, one, its, overrides, tools))
+                    asked.append(self._enqueue_when_room(self._request(one, its, overrides, tools), asked))
                 except InvalidRequest as error:
                     if not return_exceptions:
                         raise
@@ -155,15 +155,8 @@ class LLM:
             raise InvalidRequest('chat() takes a non-empty list of messages such as {"role": "user", "content": "hi"}')
         return self.generate(messages, params, tools=tools, **overrides)
 
-    def _submit(
-        self,
-        prompt: Any,
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        overrides: dict[str, Any],
-        *,
-        foreground: bool,
-        tools: Any = None,
-    ) -> Generation:
+    def _request(self, prompt: Any, params: Any, overrides: dict[str, Any], tools: Any = None) -> Request:
+        """What was asked, checked in the caller's thread. Raises InvalidRequest."""
         limits, worker, defaults = self._open().limits, self._open().worker, self._open().defaults
         worker.check_alive()
         if params is not None and not isinstance(params, SamplingParams):
@@ -178,7 +171,7 @@ class LLM:
         num_pinned = worker.num_pinned
         max_tokens = _max_tokens(limits, num_pinned, len(tokens), chosen, resolved)
         limits.check_fits(len(tokens), max_tokens, num_pinned)
-        request = Request(
+        return Request(
             id=worker.new_id(),
             prompt=tokens,
             params=resolved,
@@ -187,28 +180,26 @@ class LLM:
             submitted=time.monotonic(),
             bad_words=bad_words,
         )
-        channel = Channel(request.id, resolved.n, foreground=foreground, owner=self)
-        generation = Generation(worker, channel, tokens)
+
+    def _enqueue(self, request: Request, *, foreground: bool) -> Generation:
+        """Hand it to the engine's thread. Raises QueueFull and what says that there is no engine."""
+        worker = self._open().worker
+        channel = Channel(request.id, request.params.n, foreground=foreground, owner=self)
+        generation = Generation(worker, channel, request.prompt)
         worker.submit(request, channel)
         return generation
 
-    def _submit_when_room(
-        self,
-        before: Sequence[Generation | InvalidRequest],
-        prompt: Any,
-        params: SamplingParams | None,
-        overrides: dict[str, Any],
-        tools: Any,
-    ) -> Generation:
-        """Submit one of a list; where the queue is full of those `before` it, once some of them have ended."""
+    def _enqueue_when_room(self, request: Request, before: Sequence[Generation | InvalidRequest]) -> Generation:
+        """The same for one of a list: where the queue is full of those `before` it, once some of them have ended."""
         while True:
             try:
-                return self._submit(prompt, params, overrides, tools=tools, foreground=False)
+                return self._enqueue(request, foreground=False)
             except QueueFull:
                 pending = [one for one in before if isinstance(one, Generation) and not one.done]
                 if not pending:
                     raise
                 pending[0].wait(SLICE)
+                request = replace(request, id=self._open().worker.new_id())  # the last handle took its id with it
 
     def _wait_all(self, generations: list[Generation]) -> None:
         """Wait in the caller's thread, with a bar there if somebody is looking."""
@@ -244,8 +235,8 @@ class LLM:
         return len(self._prompts.encode(prompt, tools))
 
     def _prefill(self, tokens: list[int], salt: str | None) -> Generation:
-        params = SamplingParams(max_tokens=1, temperature=0.0, cache_salt=salt)
-        return self._submit(tokens, params, {}, foreground=False)
+        params = SamplingParams(max_tokens=1, temperature=0.0, seed=0, cache_salt=salt)
+        return self.submit(tokens, params)
 
     # ---- look -------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ model's limits by `check_fits`, at submit. Invariant: a SamplingParams that exis
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from embedllm.errors import InvalidRequest, UnknownOption
@@ -70,7 +71,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
     skip_special_tokens: bool = True
@@ -90,6 +91,8 @@ class SamplingParams:
         return self
 
     def __post_init__(self) -> None:
+        for name in self.given:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _number("min_p", self.min_p, 0.0, 1.0)
@@ -136,7 +139,7 @@ class SamplingParams:
             ids = _ids("logit_bias", list(self.logit_bias), MAX_IDS)
             for value in self.logit_bias.values():
                 if value != -math.inf:
-                    _number("logit_bias value", value, -100.0, 100.0)
+                    _number("logit_bias value", _plain(value), -100.0, 100.0)
             put(self, "logit_bias", dict(zip(ids, map(float, self.logit_bias.values()), strict=True)))
 
     @property
@@ -176,6 +179,16 @@ def check_salt(salt: object) -> None:
         raise InvalidRequest(f"cache_salt must be a string or None, got {salt!r}")
 
 
+def _plain(value: Any) -> Any:
+    """Other libraries' numbers (numpy's) as Python's; anything else as it is."""
+    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+        return value
+    try:
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    except OverflowError:
+        return value
+
+
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise InvalidRequest(f"{name} must be a number, got {value!r}")
@@ -211,6 +224,6 @@ def _ids(name: str, values: object, most: int) -> tuple[int, ...]:
     if len(values) > most:
         raise InvalidRequest(f"{name} has {len(values)} entries; at most {most}")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) < 2**31:
             raise InvalidRequest(f"{name} must hold token ids (integers from 0), got {value!r}")
-    return tuple(values)
+    return tuple(map(int, values))

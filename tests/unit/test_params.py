@@ -5,6 +5,7 @@ import dataclasses
 import decimal
 import fractions
 import math
+import numbers
 import pickle
 
 import numpy as np
@@ -16,7 +17,8 @@ from embedllm.params import MAX_IDS, MAX_INT, MAX_STOP_LENGTH, MAX_STOP_STRINGS,
 ODD = [
     None, True, False, "1", "", b"1", -1, 0, 1, 2, 100, 0.5, -0.0, 1.0, 1.5, 1e-45, 1e308, math.inf, -math.inf,
     math.nan, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**400, -(10**400), decimal.Decimal(1), 1j, [1], (1,),
-    fractions.Fraction(1, 2), {1: 1}, object(), np.int64(1), np.float32(1), np.array(1), int,
+    fractions.Fraction(1, 2), fractions.Fraction(10**400), {1: 1}, object(), int,
+    np.int64(1), np.float32(1), np.array(1),
 ]  # fmt: skip
 
 # Field: lowest, highest, whether the lowest itself is refused.
@@ -49,16 +51,17 @@ def is_good(name: str, value: object) -> bool:
         return False
     if name in INTEGERS:
         low, high = INTEGERS[name]
-        return isinstance(value, int) and low <= value <= high
+        return isinstance(value, numbers.Integral) and low <= value <= high
     low, high, above = REALS[name]
-    return isinstance(value, (int, float)) and low <= value <= high and not (above and value == low)
+    return isinstance(value, numbers.Real) and low <= value <= high and not (above and value == low)
 
 
 @pytest.mark.parametrize("name", [*REALS, *INTEGERS])
 def test_numbers(name: str) -> None:
     for value in ODD:
         if is_good(name, value):
-            assert getattr(SamplingParams(**{name: value}), name) in (value, 0)
+            found = getattr(SamplingParams(**{name: value}), name)
+            assert found in (value, 0) and type(found) in (int, float, type(None))
         else:
             with pytest.raises(InvalidRequest, match=name):
                 SamplingParams(**{name: value})
@@ -98,8 +101,9 @@ def test_ids(name: str) -> None:
     for value in bad:
         with pytest.raises(InvalidRequest, match=name):
             SamplingParams(**{name: value})
-    for value in ([0], (1, 2), [5] * 100, range(3), [2**31 - 1]):
-        assert getattr(SamplingParams(**{name: value}), name) == tuple(value)
+    for value in ([0], (1, 2), [5] * 100, range(3), [2**31 - 1], [np.int64(3)]):
+        found = getattr(SamplingParams(**{name: value}), name)
+        assert found == tuple(value) and {type(one) for one in found} == {int}
 
 
 def test_how_many_ids() -> None:
@@ -177,6 +181,7 @@ def test_copies_are_equal_and_remember_what_was_given(again: object) -> None:
     params = SamplingParams(temperature=0.5, stop="a", logit_bias={1: 1.0})
     twin = again(params)
     assert twin == params and twin.given == params.given
+    assert {params: 1}[twin] == 1
 
 
 def test_ids_must_be_in_the_vocabulary() -> None:
