@@ -7,6 +7,7 @@ one. Knows no threads, no channels, no model internals. Invariant: every request
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -15,6 +16,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from embedllm import events
 from embedllm.config import Limits
 from embedllm.detokenizer import Detokenizer
 from embedllm.errors import DeadlineExceeded, EngineDead, QueueFull, RequestCancelled, RequestFailed
@@ -31,7 +33,7 @@ from embedllm.readout import Reading, Readout
 from embedllm.request import Ended, Request, StepOutput, Update
 from embedllm.runner import ModelOutput
 from embedllm.scheduler import Progress, Scheduler
-from embedllm.sequence import Sequence
+from embedllm.sequence import Sequence, State
 from embedllm.tokenizer import TokenizerProtocol
 from embedllm.trace import Recorders, record_plan
 
@@ -263,7 +265,7 @@ class Engine:
         """Policy itself failed, so nothing it believes is trusted: a new scheduler recomputes everyone's KV.
 
         Tokens nobody was told of are dropped and drawn again, the same ones. Who only watched is sent away: it may be
-        the one who failed. Twice in a row is the end, EngineDead.
+        the one who failed; `start_over` is the last event it hears. Twice in a row is the end, EngineDead.
         """
         let_go(cause)
         self._start_overs_in_a_row += 1
@@ -271,15 +273,21 @@ class Engine:
             raise EngineDead(f"policy failed twice in a row: {cause!r}") from cause
         log.error("policy failed; every KV block is recomputed", exc_info=cause)
         self.metrics.num_step_faults += 1
+        for recorder in self._recorders:
+            with contextlib.suppress(Exception):
+                recorder.append((events.START_OVER,))
         self._set_recorders([])
         self.scheduler = self.scheduler.successor()
         self.pins.forget(self.scheduler)
         for sample in list(self._samples.values()):
             sequence = sample.sequence
+            is_parked = sequence.state is State.PARKED
             del sequence.tokens[sequence.num_prompt + sample.num_emitted :]
             sequence.forks, sequence.finish_reason, sequence.stop_reason = [], None, None
             sequence.forget()
             self.scheduler.add(sequence)
+            if is_parked:
+                self.scheduler.park(sequence)
 
     # ---- what is said about a request -------------------------------------------------------------------------
 
@@ -327,9 +335,9 @@ class Engine:
         known = isinstance(cause, RequestFailed)  # it says what happened, and its cause is the first one
         error = RequestFailed(f"request {live.request.id} failed: {str(cause) if known else repr(cause)}")
         error.__cause__ = cause.__cause__ if known else cause
+        num_found = live.samples[0].sequence.num_cached // self.limits.block_size  # blocks it took from the cache
         for sample in live.samples:
-            sequence = sample.sequence
-            self.scheduler.pool.forget(sequence.blocks[sequence.num_cached // self.limits.block_size :])
+            self.scheduler.pool.forget(sample.sequence.blocks[num_found:])
         self._end(live, error)
 
     def _end(self, live: Live, error: BaseException | None, reason: FinishReason = "error") -> None:

@@ -26,6 +26,7 @@ CACHE = "cache"  # (block, node): full and findable by its content
 EVICT = "evict"  # (block, node)
 IDLE = "idle"  # (block,): cached, nobody refers to it, may be evicted
 COPY = "copy"  # (source, destination)
+START_OVER = "start_over"  # (): policy failed, every block is computed again; the recording ends here
 
 
 class Recorder(Protocol):

@@ -90,7 +90,10 @@ class Scheduler:
         """Take a running sequence's blocks and row for others; it waits to recompute its KV."""
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._recompute(sequence)
+        self._leave(sequence)
+        if self.recorder is not None:
+            self.recorder.append((events.PREEMPT, sequence.id))
+        self._wait(sequence)
 
     def park(self, sequence: Sequence) -> None:
         """Set a waiting or running sequence aside without blocks until `resume`."""
@@ -103,18 +106,6 @@ class Scheduler:
     def resume(self, sequence: Sequence) -> None:
         if sequence.state is State.PARKED:
             self._wait(sequence)
-
-    def recompute_all(self) -> None:
-        """After a fault that may have damaged KV: tokens are the truth, every block's content is dropped."""
-        for sequence in list(self.running):
-            self._recompute(sequence)
-        self.pool.reset_cache()
-
-    def _recompute(self, sequence: Sequence) -> None:
-        self._leave(sequence)
-        if self.recorder is not None:
-            self.recorder.append((events.PREEMPT, sequence.id))
-        self._wait(sequence)
 
     def successor(self) -> Scheduler:
         """An empty scheduler with this one's limits, budget, recorder and totals."""

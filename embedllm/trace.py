@@ -57,7 +57,8 @@ class Ring:
 class Trace:
     """Events of one engine since it was attached; iterate it for tuples `(name, *numbers)`.
 
-    It records until `stop()`, until it is dropped, or until the LLM it came from is closed.
+    It records until `stop()`, until it is dropped, or until the LLM it came from is closed. Where the engine had to
+    start over after a fault of its own, the last event is "start_over".
     """
 
     def __init__(self, num_blocks: int, block_size: int, capacity: int = DEFAULT_CAPACITY) -> None:

@@ -274,14 +274,6 @@ class World:
             self.counts["rollback"] += 1
             self.check()
 
-    def recompute_all(self) -> None:
-        """A fault that may have damaged KV."""
-        self.counts["recompute"] += 1
-        self.scheduler.recompute_all()
-        for block in range(self.limits.num_blocks):
-            self.runner.memory.poison(block)
-        self.check()
-
     def draft(self) -> None:
         """Guess what running sequences with nothing in flight will say."""
         if self.drafter == "none":
@@ -394,7 +386,6 @@ ACTS: dict[str, tuple[int, Callable[[World, random.Random, Job], object]]] = {  
     "unpin": (1, lambda world, r, job: world.unpin(r.randrange(8))),
     "roll back": (1, lambda world, r, job: world.roll_back()),
     "fail": (1, lambda world, r, job: world.commit(failing=r.randrange(8))),
-    "recompute": (1, lambda world, r, job: world.recompute_all()),
     "pace": (1, lambda world, r, job: world.pace(r.random())),
     "draft": (2, lambda world, r, job: setattr(world, "drafter", r.choice(DRAFTERS))),
 }

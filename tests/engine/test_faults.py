@@ -183,6 +183,28 @@ def test_samples_of_a_failed_request_are_left_out_of_the_rest_of_the_step() -> N
     assert after_blame and not any(set(ids) & siblings for ids in after_blame)
 
 
+def test_nobody_finds_what_a_failed_request_computed() -> None:
+    """Also the prompt's blocks, where the sample that computed them has ended and another one fails."""
+    lab = Lab()
+    prompt = prompt_of(5, 12)
+    told = lab.submit(prompt, 12, n=2)
+    first, second = (sample.sequence for sample in lab.engine._live[0].samples)
+    first.max_tokens = 2
+    for _ in range(6):
+        lab.step()
+    find = lab.engine.scheduler.pool.find
+    assert first.finish_reason == "length" and second.blocks and find(prompt, None)[0]
+
+    def poison(plan: Plan) -> None:
+        if any(entry.sequence_id == second.id for entry in plan.entries):
+            raise Injected
+
+    lab.model.before = poison
+    lab.run()
+    assert isinstance(lab.error_of(told), RequestFailed)
+    assert find(prompt, None)[0] == []
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +376,23 @@ def test_policy_faults_with_a_good_step_between_are_survived() -> None:
     lab.run()
     assert lab.check() == []
     lab.check_alive()
+
+
+def test_starting_over_leaves_aside_what_was_set_aside_and_tells_who_watched() -> None:
+    lab = Lab()
+    events: list[Any] = []
+    lab.engine.attach(events)
+    parked = lab.submit(prompt_of(1), 6)
+    running = lab.submit(prompt_of(2), 6)
+    lab.step()
+    lab.engine.park(0)
+    Fault(1).wrap(lab.engine.scheduler, "plan")
+    lab.run()
+    assert events[-1] == ("start_over",)
+    assert running.ended is not None and parked.ended is None
+    lab.engine.resume(0)
+    lab.run()
+    assert lab.check() == []
 
 
 def test_a_cancel_that_meets_a_fault_still_ends_the_request() -> None:

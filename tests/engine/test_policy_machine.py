@@ -22,7 +22,7 @@ BATCH = min(500, NUM_CASES // 2)
 MOSTLY = st.sampled_from([True, True, True, False])
 INDEX = st.integers(0, 15)  # which of the jobs, rows or pins there are
 
-HAPPENS = ["preempt for memory", "evict for memory", "hit", "chunk", "fork", "copy", "stale", "rollback", "recompute"]
+HAPPENS = ["preempt for memory", "evict for memory", "hit", "chunk", "fork", "copy", "stale", "rollback"]
 HAPPENS += ["accepted all", "accepted some", "accepted none", "park", "pin", "fail", "refused"]
 HAPPENS += [f"abort {state}" for state in ("unborn", "waiting", "running", "parked", "finished")]
 
@@ -136,10 +136,6 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule(index=INDEX)
     def fail_row(self, index: int) -> None:
         self.world.commit(failing=index)
-
-    @rule()
-    def recompute_all(self) -> None:
-        self.world.recompute_all()
 
     @rule(share=st.floats(0, 1))
     def pace(self, share: float) -> None:

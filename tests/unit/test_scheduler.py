@@ -459,22 +459,6 @@ def test_rollback_leaves_no_trace() -> None:
     assert [[e.tokens for e in p.entries] for p in again if p] == [[e.tokens for e in p.entries] for p in plans if p]
 
 
-def test_fault_is_no_preemption() -> None:
-    """Recomputing everything after a fault must not count towards the bound: all would end up one after the other."""
-    s = scheduler()
-    for i in range(4):
-        s.add(sequence(i, 5, 40))
-    for _ in range(MAX_PREEMPTIONS + 2):
-        for _ in range(2):
-            step(s)
-        s.recompute_all()
-        check(s)
-        assert s.pool.num_cached == 0
-    step(s)
-    assert len(s.running) == 4 and s.num_preemptions == 0
-    run(s)
-
-
 # ---- drafts ---------------------------------------------------------------------------------------------------
 
 
