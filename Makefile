@@ -34,10 +34,11 @@ test: $(INSTALLED) ## run every test that needs no GPU and no network
 	@$(PY) -m pytest -m "serial and not gpu and not soak" $(ARGS) || [ $$? -eq 5 ]
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not serial and not gpu and not soak" $(ARGS)
 
-check: $(INSTALLED) ## lint, formatting, types
+check: $(INSTALLED) ## lint, formatting, types, and the rules of the house
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@$(PY) -m pytest -q tests/rules -m "not serial and not slow"
 
 format: $(INSTALLED) ## rewrite the formatting and what lint can mend
 	@$(PY) -m ruff check --fix .

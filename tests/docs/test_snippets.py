@@ -13,13 +13,9 @@ from tests.rules.tree import ROOT
 RUNNER = ROOT / "tests" / "docs" / "run_snippets.py"
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
 WITH_CODE = [path for path in PAGES if blocks(path.read_text(encoding="utf-8"))]
-has_engine = (ROOT / "embedllm" / "llm.py").exists() and any(
-    (ROOT / "embedllm" / "demo" / "model").glob("*.safetensors")
-)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_engine, reason="embedllm/llm.py or the model in the box is not there yet")
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_page_runs(page: Path, tmp_path: Path) -> None:
     path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "integrations"))

@@ -233,11 +233,7 @@ def test_a_closed_pipe_ends_quietly(model: str) -> None:
 
 # ---- the demo -------------------------------------------------------------------------------------------------
 
-BOX = Path(embedllm.__file__).parent / "demo" / "model"
-needs_box = pytest.mark.skipif(not (BOX / "model.safetensors").exists(), reason="the model in the box is not there")
 
-
-@needs_box
 def test_demo_prints_answers_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo"]) == 0  # the output is no terminal, so nothing is drawn
     out = capsys.readouterr().out
@@ -251,7 +247,6 @@ def test_demo_prints_answers_and_figures(capsys: pytest.CaptureFixture[str]) -> 
     assert 0 < float(figures["KV waste"].split("%")[0]) < 50
 
 
-@needs_box
 def test_demo_draws_over_one_region_and_takes_it_away() -> None:
     from embedllm.demo.show import Paper, show
 
