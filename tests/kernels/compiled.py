@@ -37,7 +37,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers and spilled bytes (`local`) per thread, shared bytes per block; its PTX."""
+    """What a kernel takes: registers and spilled bytes (`local`) per thread, shared bytes per block; its PTX."""
 
     registers: int
     shared: int
