@@ -65,12 +65,13 @@ def round_rows(count: int) -> int:
     return -(-count // 16) * 16 if count > 16 else 1 << max(0, count - 1).bit_length()
 
 
-def build(plan: Plan, block_size: int, device: str | torch.device = "cpu") -> Batch:
-    """Pack a plan. Raises EngineError for ids that only a runner with per-row state could know."""
+def build(plan: Plan, block_size: int, device: str | torch.device = "cpu", last_tokens: Tensor | None = None) -> Batch:
+    """Pack a plan. Ids that are not known on the host yet come from `last_tokens` int32 [rows], on the device."""
     entries = plan.entries
     order = sorted(range(len(entries)), key=lambda i: (len(entries[i].tokens), entries[i].start))
     ran = [entries[i] for i in order]
     wanted, hidden = _wanted_rows(plan, order)
+    unknown = _unknown(ran)
     num_tokens, num_entries = plan.num_tokens, len(ran)
     padded = round_rows(num_tokens)
     max_blocks = max((len(entry.blocks) for entry in ran), default=1)
@@ -83,13 +84,22 @@ def build(plan: Plan, block_size: int, device: str | torch.device = "cpu") -> Ba
         num_entries,
         len(wanted),
         len(hidden),
+        len(unknown),
+        len(unknown),
     ]
     packed = np.zeros(sum(sizes), np.int32)
     views = np.split(packed, np.cumsum(sizes)[:-1])
     _fill(views, ran, block_size, max_blocks)
     views[6][:], views[7][:] = wanted, hidden
-    buffer = torch.from_numpy(packed).to(device)
+    if unknown:
+        views[8][:], views[9][:] = zip(*unknown, strict=True)
+    host = torch.from_numpy(packed)
+    buffer = host if torch.device(device).type == "cpu" else host.pin_memory().to(device, non_blocking=True)
     parts = torch.split(buffer, sizes)
+    if unknown:
+        if last_tokens is None:
+            raise EngineError("the plan has ids that are not known yet; this runner keeps no sampled ids of its own")
+        parts[0].index_copy_(0, parts[8].long(), last_tokens.index_select(0, parts[9]))
     return Batch(
         buffer=buffer,
         padded_ids=parts[0],
@@ -115,8 +125,6 @@ def _fill(views: list[NDArray[np.int32]], ran: list[Entry], block_size: int, max
         listed += entry.tokens
     num_tokens, num_entries = len(listed), len(ran)
     ids[:num_tokens] = listed
-    if num_tokens and ids.min() == UNKNOWN:
-        raise EngineError("the plan has ids that are not known yet; this runner keeps no sampled ids of its own")
     counts = np.array([len(entry.tokens) for entry in ran], np.int32)
     starts = np.array([entry.start for entry in ran], np.int32)
     np.cumsum(counts, out=query_starts[1:])
@@ -128,6 +136,17 @@ def _fill(views: list[NDArray[np.int32]], ran: list[Entry], block_size: int, max
     tables = flat_tables.reshape(num_entries, max_blocks)
     tables[np.arange(max_blocks) < num_blocks[:, None]] = np.frombuffer(b"".join([e.blocks for e in ran]), np.int32)
     slots[:] = tables[owner, position // block_size] * block_size + position % block_size
+
+
+def _unknown(ran: list[Entry]) -> list[tuple[int, int]]:
+    """(place in the batch, row) of the ids that are not known yet; an entry has one at most, its last known token."""
+    found = []
+    end = 0
+    for entry in ran:
+        end += len(entry.tokens)
+        if UNKNOWN in entry.tokens:
+            found.append((end - len(entry.tokens) + entry.tokens.index(UNKNOWN), entry.row))
+    return found
 
 
 def _wanted_rows(plan: Plan, order: list[int]) -> tuple[list[int], list[int]]:

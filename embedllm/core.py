@@ -6,6 +6,7 @@ Invariant: a Core that exists is ready; if building fails nothing stays allocate
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from embedllm.config import Limits, Options, parse_memory
 from embedllm.engine import Engine
-from embedllm.errors import InvalidRequest, OutOfMemory
-from embedllm.machine import free_memory
+from embedllm.errors import InvalidRequest, MissingDependency, OutOfMemory
 from embedllm.pace import Pace
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
 from embedllm.worker import Worker
 
 if TYPE_CHECKING:
+    import torch
+
     from embedllm.kv_cache import KVGroup
     from embedllm.models.load import Loaded
 
@@ -86,6 +88,8 @@ class Core:
             logits_of=getattr(runner, "logits", None),
             close=getattr(runner, "close", None),
             pace=pace,
+            depth=getattr(runner, "depth", 1),
+            remember=getattr(runner, "remember", None),
             debug=bool(os.environ.get("EMBEDLLM_CHECK")),
         )
         # The LLMs that share it, each with the notebook cell and the run of it that made it.
@@ -143,15 +147,13 @@ def _from_object(model: Any, options: Options) -> Core:
 
 
 def _from_files(model: Any, options: Options) -> Core:
-    import torch
-
-    from embedllm.kv_cache import KVCache
+    from embedllm.kv_cache import KVCache, free_on
     from embedllm.models import hub
     from embedllm.models.load import load
     from embedllm.openmp import release_pool
     from embedllm.runner import Runner
 
-    device = torch.device(_device(options.device))
+    device = choose_device(options.device)
     snapshot = hub.resolve(
         model, options.revision, options.token, progress=options.progress, code=options.trust_remote_code
     )
@@ -191,17 +193,19 @@ def _from_files(model: Any, options: Options) -> Core:
         tokenizer=tokenizer,
         defaults=snapshot.defaults(),
         eos_ids=snapshot.eos_ids,
-        runner=Runner(loaded, kv),
+        runner=Runner(loaded, kv, limits.max_num_seqs),
         pace=Pace(STEP_SECONDS, limits.max_num_seqs, limits.max_batch_tokens) if paced else None,
-        memory=lambda: Memory(**sizes, free=free_memory(), note=note),
+        memory=lambda: Memory(**sizes, free=free_on(device), note=note),
     )
 
 
 def _limits(loaded: Loaded, options: Options) -> Limits:
     """The engine's sizes for a loaded model. The context shrinks to what the cache holds, unless it was asked for."""
+    from embedllm.kv_cache import free_on
+
     group, max_model_len = loaded.kv_group, loaded.max_model_len
     max_num_seqs = _auto(options.max_num_seqs, max_sequences(loaded.device.type))
-    num_blocks = choose_num_blocks(group, options, max_num_seqs, max_model_len, free_memory())
+    num_blocks = choose_num_blocks(group, options, max_num_seqs, max_model_len, free_on(loaded.device))
     room = num_blocks * options.block_size
     if room < max_model_len:
         if options.max_model_len != "auto" or room < 2:
@@ -254,18 +258,30 @@ def choose_num_blocks(group: KVGroup, options: Options, max_num_seqs: int, max_m
     )
 
 
-def _device(device: str) -> str:
+def choose_device(device: str) -> torch.device:
+    """The device that an option names. Raises InvalidRequest for one that is not here or cannot run the kernels."""
     import torch
 
     if device == "auto":
-        return "cpu"  # CUDA kernels are not there yet; naming "cuda" says so
+        return torch.device("cpu")  # until the kernels have run on a card: docs/decisions/0012
     try:
         known = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise InvalidRequest(f"device={device!r} is not a device; use 'auto' or 'cpu'") from error
-    if known.type != "cpu":
-        raise InvalidRequest(f"device={device!r} is not supported yet; use device='cpu'")
-    return device
+        raise InvalidRequest(f"device={device!r} is not a device; use 'auto', 'cpu' or 'cuda'") from error
+    if known.type == "cpu":
+        return known
+    if known.type != "cuda":
+        raise InvalidRequest(f"device={device!r} is not supported; use 'cpu' or 'cuda'")
+    if not torch.cuda.is_available() or (known.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(f"device={device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+    if str(known) == "cuda":
+        known = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(known) < (8, 0):
+        name = torch.cuda.get_device_name(known)
+        raise InvalidRequest(f"{name} is too old for the kernels, which need compute capability 8.0; use device='cpu'")
+    if importlib.util.find_spec("triton") is None:
+        raise MissingDependency("device='cuda' needs Triton, which CUDA builds of torch bring: pip install triton")
+    return known
 
 
 def _tokenizer(options: Options, folder: Any) -> TokenizerProtocol | None:

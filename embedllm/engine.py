@@ -8,7 +8,6 @@ one. Knows no threads, no channels, no model internals. Invariant: every request
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import logging
 import time
@@ -18,10 +17,11 @@ from typing import Any
 
 from embedllm import events
 from embedllm.config import Limits
-from embedllm.detokenizer import Detokenizer
+from embedllm.deadlines import Deadlines
 from embedllm.errors import DeadlineExceeded, EngineDead, QueueFull, RequestCancelled, RequestFailed
 from embedllm.events import Recorder
 from embedllm.faults import StepAbandoned, StepStopped, contain, let_go
+from embedllm.flight import Flight
 from embedllm.invariants import check
 from embedllm.live import Live, Sample
 from embedllm.metrics import Metrics, Stats, snapshot
@@ -33,7 +33,7 @@ from embedllm.readout import Reading, Readout
 from embedllm.request import Ended, Request, StepOutput, Update
 from embedllm.runner import ModelOutput
 from embedllm.scheduler import Progress, Scheduler
-from embedllm.sequence import Sequence, State
+from embedllm.sequence import State
 from embedllm.tokenizer import TokenizerProtocol
 from embedllm.trace import Recorders, record_plan
 
@@ -49,9 +49,10 @@ class Engine:
     """Requests in, StepOutputs out.
 
     `run(plan, between_layers)` gives a ModelOutput. `tokenizer` may be None: text is then empty. `debug` recounts
-    everything after each step. Another thread may read `last_beat`, the monotonic time of the latest sign of life, set
-    `stop_asked`, which ends a step between two layers, and add the ids of requests to `cancel_asked`, which ends one
-    that nobody else is part of; the request itself is ended by `cancel`.
+    everything after each step. `depth`: steps in flight at most; above 1 the next one is launched before the last one
+    is read, and `run` knows the ids that `remember(rows, ids)` was told. Another thread may read `last_beat`, the
+    monotonic time of the latest sign of life, set `stop_asked`, which ends a step between two layers, and add the ids
+    of requests to `cancel_asked`, which ends one that nobody else is part of; the request is ended by `cancel`.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Engine:
         close: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         pace: Pace | None = None,
+        depth: int = 1,
+        remember: Callable[[list[int], Any], None] | None = None,
         debug: bool = False,
     ) -> None:
         self.limits = limits
@@ -76,7 +79,8 @@ class Engine:
         self._run = run
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
-        self._readout = Readout(limits, self._eos_ids, logits_of)
+        self._readout = Readout(limits, self._eos_ids, logits_of, remember if depth > 1 else None)
+        self._flight = Flight(depth, self._launch, self._commit, lambda p: self.scheduler.rollback(p), self._note_fault)
         self._close = close
         self._clock = clock
         self._debug = debug
@@ -86,7 +90,7 @@ class Engine:
         self._ids = itertools.count()
         self._live: dict[int, Live] = {}
         self._samples: dict[int, Sample] = {}  # by sequence id
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines = Deadlines(self._live)
         self._output = StepOutput()
         self._failures_in_a_row = 0
         self._start_overs_in_a_row = 0
@@ -99,14 +103,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._output.ended)
+        return self.scheduler.has_work or bool(self._flight) or bool(self._output.ended)
 
     @property
     def next_deadline(self) -> float | None:
         """When the next live request expires (monotonic seconds)."""
-        while self._deadlines and self._deadlines[0][1] not in self._live:
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        return self._deadlines.next
 
     def submit(self, request: Request) -> None:
         """Take a validated request. What cannot be taken (a pin came since, a broken tokenizer) ends with the error."""
@@ -115,32 +117,17 @@ class Engine:
             if len(self._live) > self.limits.max_queued + self.limits.max_num_seqs:
                 raise QueueFull(f"{self.limits.max_queued} requests wait already; wait for some to finish")
             self.limits.check_fits(len(request.prompt), request.max_tokens, self.scheduler.num_pinned)
-            live.samples = [self._new_sample(live, index) for index in range(request.params.n)]
+            live.add_samples(self._ids, self._eos_ids, self._tokenizer)
             if request.params.deadline is not None:
-                self._watch_deadline(request.submitted + request.params.deadline, request.id)
+                self._deadlines.add(request.submitted + request.params.deadline, request.id)
         except Exception as error:
             self._end(live, error)
             return
-        live.num_open = len(live.samples)
         first = live.samples[0].sequence
         first.forks = [sample.sequence for sample in live.samples[1:]]
         self._samples.update((sample.sequence.id, sample) for sample in live.samples)
         self.metrics.prompt_tokens += len(request.prompt)
         self.scheduler.add(first)
-
-    def _new_sample(self, live: Live, index: int) -> Sample:
-        request, params = live.request, live.request.params
-        sequence = Sequence(
-            id=next(self._ids),
-            tokens=list(request.prompt),
-            max_tokens=request.max_tokens,
-            eos_ids=frozenset() if params.ignore_eos else self._eos_ids,
-            stop_ids=frozenset(params.stop_token_ids),
-            priority=params.priority,
-            salt=params.cache_salt,
-            prompt_logprobs=params.prompt_logprobs is not None and index == 0,
-        )
-        return Sample(live, index, sequence, Detokenizer(self._tokenizer, request.prompt, params))
 
     def cancel(self, request_id: int) -> None:
         """End a request in any state; its blocks are back when this returns. Unknown and ended ids are ignored."""
@@ -166,6 +153,7 @@ class Engine:
         """End every request with this error, the first cause."""
         for live in list(self._live.values()):
             self._end(live, error)
+        self._flight.clear()
         return self._take_output()
 
     def close(self) -> None:
@@ -181,29 +169,51 @@ class Engine:
         try:
             self._expire()
             plan = self._plan()
-            if plan is not None:
-                began = self._clock()
-                for part, reading in contain(plan, self._forward_and_sample, self._is_wanted, self._blame):
-                    self._failures_in_a_row = 0
-                    for sequence_id, error in reading.failures.items():
-                        self._fail(sequence_id, error)
-                    for progress in self.scheduler.commit(part, reading.tokens):
-                        self._emit(progress, reading.logprobs.get(progress.sequence.id))
-                if self._pace is not None:
-                    self.scheduler.budget = self._pace.observe(plan.num_tokens, self._clock() - began)
+            if self._flight.depth == 1:
+                self._run_alone(plan)
+            elif not self._flight.advance(plan):
+                self._run_alone(self._plan())
             if self._debug:
                 check(self.scheduler, self.pins.references)
-            self._start_overs_in_a_row = 0
         except EngineDead:
             raise
         except Exception as error:
             self.start_over(error)
         return self._take_output()
 
+    def _run_alone(self, plan: Plan | None) -> None:
+        """Run a step to its end; what fails is tried again, then in parts."""
+        if plan is None:
+            return
+        began = self._clock()
+        for part, reading in contain(plan, self._forward_and_sample, self._is_wanted, self._blame):
+            self._commit(part, reading)
+        if self._pace is not None:
+            self.scheduler.budget = self._pace.observe(plan.num_tokens, self._clock() - began)
+
+    def _launch(self, plan: Plan) -> Callable[[], Reading]:
+        """Queue a step on the device; what is returned waits for it."""
+        return self._readout.launch(plan, self._run(plan, lambda: self._beat(plan)), self._samples)
+
+    def _note_fault(self, error: BaseException) -> None:
+        if not isinstance(error, StepAbandoned):
+            self.metrics.num_step_faults += 1
+            log.warning("a step in flight failed; what it was to compute is run alone: %r", error, exc_info=error)
+        let_go(error)
+
+    def _commit(self, plan: Plan, reading: Reading) -> None:
+        self._failures_in_a_row = 0
+        for sequence_id, error in reading.failures.items():
+            self._fail(sequence_id, error)
+        for progress in self.scheduler.commit(plan, reading.tokens):
+            self._emit(progress, reading.logprobs.get(progress.sequence.id))
+        self._start_overs_in_a_row = 0
+
     def _plan(self) -> Plan | None:
         plan = self.scheduler.plan()
         if plan is None:
-            self._idle_steps = self._idle_steps + 1 if self.scheduler.has_work else 0
+            idle = self.scheduler.has_work and not self._flight
+            self._idle_steps = self._idle_steps + 1 if idle else 0
             if self._idle_steps >= MAX_IDLE_STEPS:
                 raise RuntimeError(f"{len(self.scheduler.sequences)} sequences wait and none can run")
             return None
@@ -220,8 +230,7 @@ class Engine:
     def _forward_and_sample(self, plan: Plan) -> Reading:
         """The part of a step that may fail and be run again: it changes nothing but KV and the sampler's rows."""
         try:
-            output = self._run(plan, lambda: self._beat(plan))
-            return self._readout.read(plan, output, self._samples)
+            return self._launch(plan)()
         except (StepAbandoned, StepStopped):
             raise
         except BaseException:
@@ -277,6 +286,7 @@ class Engine:
             with contextlib.suppress(Exception):
                 recorder.append((events.START_OVER,))
         self._set_recorders([])
+        self._flight.clear()
         self.scheduler = self.scheduler.successor()
         self.pins.forget(self.scheduler)
         for sample in list(self._samples.values()):
@@ -357,20 +367,11 @@ class Engine:
             self._readout.forget(sample.sequence.id)
             self.scheduler.finish(sample.sequence, reason)
 
-    def _watch_deadline(self, deadline: float, request_id: int) -> None:
-        heapq.heappush(self._deadlines, (deadline, request_id))
-        if len(self._deadlines) > 2 * len(self._live) + 64:  # most of them ended long before
-            self._deadlines = [pair for pair in self._deadlines if pair[1] in self._live]
-            heapq.heapify(self._deadlines)
-
     def _expire(self) -> None:
-        now = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            live = self._live.get(request_id)
-            if live is not None:
-                seconds = live.request.params.deadline
-                self._end(live, DeadlineExceeded(f"request {request_id} missed its deadline of {seconds} s"))
+        for request_id in self._deadlines.expired(self._clock()):
+            live = self._live[request_id]
+            seconds = live.request.params.deadline
+            self._end(live, DeadlineExceeded(f"request {request_id} missed its deadline of {seconds} s"))
 
     def _take_output(self) -> StepOutput:
         output, self._output = self._output, StepOutput()

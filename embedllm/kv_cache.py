@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from embedllm.errors import InvalidRequest, OutOfMemory
+from embedllm.machine import free_memory
 
 MAX_SLOTS = 2**31 - 1  # slots travel as int32
+GPU_MARGIN = 512 * 2**20  # bytes for what CUDA, cuBLAS and captured graphs take beside the tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,15 @@ class KVCache:
         """Give the memory back. Idempotent; a use after it fails on an index."""
         self.blocks = self.blocks.new_empty((0, *self.blocks.shape[1:]))
         self._layers, self._rows = [], []
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes this process may still take on a device; on a GPU less GPU_MARGIN, and with what torch holds unused."""
+    if device.type == "cpu":
+        return free_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, int(free) + unused - GPU_MARGIN)
 
 
 def auto_num_blocks(group: KVGroup, *, block_size: int, max_num_seqs: int, max_model_len: int, free: int) -> int:

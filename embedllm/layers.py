@@ -6,6 +6,9 @@ a part computes its rows independently, so a row of NaN stays a row of NaN.
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,15 @@ from embedllm_kernels.cpu import norm
 from embedllm_kernels.cpu.linear import Weight
 
 Linear = Weight
+
+
+def parts_for(device: torch.device) -> Any:
+    """Norm, Linear, MLP and Experts for weights on this device: of this module, or their twins in `gpu`."""
+    if ops.on_gpu(device):
+        from embedllm import gpu
+
+        return gpu
+    return sys.modules[__name__]
 
 
 class Norm:
@@ -57,8 +69,19 @@ class MLP:
 class Experts:
     """A mixture of experts: each token goes through the few that its router scores highest."""
 
-    def __init__(self, router: Linear, experts: list[MLP], num_chosen: int, renormalise: bool) -> None:
-        self.router, self.experts = router, experts
+    def __init__(
+        self,
+        router: Linear,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: str,
+        num_chosen: int,
+        renormalise: bool,
+        pack: bool,
+    ) -> None:
+        """gate_up [experts, 2 · inner, hidden], down [experts, hidden, inner]."""
+        weights = zip(gate_up, down, strict=True)
+        self.router, self.experts = router, [MLP(*each, activation, (None, None), pack) for each in weights]
         self.num_chosen, self.renormalise = num_chosen, renormalise
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

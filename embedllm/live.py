@@ -6,12 +6,15 @@ nothing. Invariant: a Live that has ended is in no index and holds no blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from embedllm.detokenizer import Detokenizer
 from embedllm.outputs import Timing, TokenLogprobs, Usage
+from embedllm.params import SamplingParams
 from embedllm.request import Request
 from embedllm.sequence import Sequence
+from embedllm.tokenizer import TokenizerProtocol
 
 
 @dataclass(slots=True)
@@ -37,6 +40,25 @@ class Live:
     num_output: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
+    def add_samples(self, ids: Iterator[int], eos_ids: frozenset[int], tokenizer: TokenizerProtocol | None) -> None:
+        """Make a sequence with its text for each sample asked for. `ids` names the sequences."""
+        request, params = self.request, self.request.params
+        for index in range(params.n):
+            sequence = Sequence(
+                id=next(ids),
+                tokens=list(request.prompt),
+                max_tokens=request.max_tokens,
+                eos_ids=frozenset() if params.ignore_eos else eos_ids,
+                stop_ids=frozenset(params.stop_token_ids),
+                priority=params.priority,
+                salt=params.cache_salt,
+                prompt_logprobs=params.prompt_logprobs is not None and index == 0,
+                is_stepwise=_is_stepwise(params),
+            )
+            detokenizer = Detokenizer(tokenizer, request.prompt, params)
+            self.samples.append(Sample(self, index, sequence, detokenizer))
+        self.num_open = len(self.samples)
+
     def usage(self) -> Usage:
         num_cached = self.samples[0].sequence.num_cached if self.samples else 0
         return Usage(len(self.request.prompt), num_cached, self.num_output)
@@ -45,3 +67,9 @@ class Live:
         start = self.request.submitted
         first = self.first_token or now
         return Timing(queue=(self.scheduled or now) - start, ttft=first - start, decode=now - first, total=now - start)
+
+
+def _is_stepwise(params: SamplingParams) -> bool:
+    """Whether each token depends on the ids before it by more than the model's logits: they must be known first."""
+    penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+    return penalties != (1.0, 0.0, 0.0) or bool(params.bad_words) or params.logits_processor is not None

@@ -6,6 +6,8 @@ Owns that choice and what has to be prepared once per step. Knows no model. Inva
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
@@ -41,21 +43,76 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     turned.mul_(cos).addcmul_(swapped, sin)
 
 
-class Attention:
-    """One step's attention: where its tokens' KV goes, and which blocks each of them sees.
+class Attention(Protocol):
+    """One step's attention: where its tokens' KV goes, and which blocks each of them sees. Made once per step."""
 
-    Made once per step; what depends on a window is prepared when the first layer with that window asks.
-    """
+    def angles(self, frequencies: Tensor, amplitude: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `enter` turns by, for one kind of rope. frequencies float32 [d], radians per position."""
 
-    def __init__(self, batch: Batch, kv: KVCache, num_heads: int) -> None:
-        self._batch, self._kv, self._num_heads = batch, kv, num_heads
-        self._on_cpu = kv.blocks.device.type == "cpu"
-        self._row_index = kv.row_index(batch.slots)
-        self._tables = batch.tables.long() if self._on_cpu else batch.tables
-        self._groups: dict[tuple[int | None, bool], list[cpu_attention.Group]] = {}
+    def enter(self, layer: int, qkv: Tensor, norms: tuple[Any, ...], angles: tuple[Tensor, Tensor] | None) -> None:
+        """Norm and turn queries and keys in place; put keys and values into the layer's cache.
+
+        qkv [padded, heads · k_dim + width]; norms: none, one per head over both, or one over all queries and one over
+        all keys. angles from `angles`, None where the layer knows no positions.
+        """
 
     def store(self, layer: int, rows: Tensor) -> None:
         """Put the step's tokens into the layer's cache. rows [tokens, width]: key heads, then value heads."""
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        out: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """reference.paged_attention over the layer's cache. q [tokens, heads, k_dim]; out is written and returned."""
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether Triton kernels compute there."""
+    return device.type == "cuda"
+
+
+def attention(batch: Batch, kv: KVCache, num_heads: int) -> Attention:
+    """The attention of one step where its tensors are."""
+    if on_gpu(kv.blocks.device):
+        from embedllm import gpu
+
+        return gpu.Attention(batch, kv, num_heads)
+    return CPUAttention(batch, kv, num_heads)
+
+
+class CPUAttention:
+    """Attention on a CPU; what depends on a window is prepared when the first layer with that window asks."""
+
+    def __init__(self, batch: Batch, kv: KVCache, num_heads: int) -> None:
+        self._batch, self._kv, self._num_heads = batch, kv, num_heads
+        self._row_index = kv.row_index(batch.slots)
+        self._tables = batch.tables.long()
+        self._groups: dict[tuple[int | None, bool], list[cpu_attention.Group]] = {}
+
+    def angles(self, frequencies: Tensor, amplitude: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return angles(self._batch.padded_positions, frequencies, amplitude, dtype)
+
+    def enter(self, layer: int, qkv: Tensor, norms: tuple[Any, ...], angles: tuple[Tensor, Tensor] | None) -> None:
+        group, heads = self._kv.group, self._num_heads
+        q_size, k_size = heads * group.k_dim, group.kv_heads * group.k_dim
+        turned = qkv[:, : q_size + k_size].view(len(qkv), heads + group.kv_heads, group.k_dim)
+        if len(norms) == 1:
+            turned.copy_(norms[0](turned))
+        elif norms:
+            for part, norm in zip((qkv[:, :q_size], qkv[:, q_size : q_size + k_size]), norms, strict=True):
+                part.copy_(norm(part))
+        if angles is not None:
+            rotary_(turned, *angles)
+        self.store(layer, qkv[: self._batch.num_tokens, q_size:])
+
+    def store(self, layer: int, rows: Tensor) -> None:
         self._kv.rows(layer).index_copy_(0, self._row_index, rows)
 
     def __call__(
@@ -69,27 +126,7 @@ class Attention:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """reference.paged_attention over the layer's cache, after `store`.
-
-        q [tokens, heads, k_dim]; out [tokens, heads, v_dim] is written and returned.
-        """
-        kv_heads = self._kv.group.kv_heads
         cache = self._kv.layer(layer)
-        if not self._on_cpu:
-            batch = self._batch
-            y = reference.paged_attention(
-                q,
-                cache,
-                batch.tables,
-                batch.query_starts,
-                batch.seq_lens,
-                num_kv_heads=kv_heads,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
-            )
-            return out.copy_(y)
         exact = softcap is not None or sinks is not None
         groups = self._groups.get((window, exact))
         if groups is None:
@@ -105,5 +142,12 @@ class Attention:
                 exact=exact,
             )
         return cpu_attention.paged_attention(
-            q, cache, groups, num_kv_heads=kv_heads, scale=scale, out=out, softcap=softcap, sinks=sinks
+            q,
+            cache,
+            groups,
+            num_kv_heads=self._kv.group.kv_heads,
+            scale=scale,
+            out=out,
+            softcap=softcap,
+            sinks=sinks,
         )

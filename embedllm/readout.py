@@ -15,7 +15,7 @@ from embedllm.live import Sample
 from embedllm.outputs import TokenLogprobs
 from embedllm.plan_types import Entry, Plan
 from embedllm.runner import ModelOutput
-from embedllm.sampler import Sampler
+from embedllm.sampler import Sampled, Sampler
 
 
 @dataclass(slots=True)
@@ -28,29 +28,51 @@ class Reading:
 
 
 class Readout:
-    """Reads model outputs. `logits_of(hidden)` yields logits of rows of hidden states, some rows at a time."""
+    """Reads model outputs. `logits_of(hidden)` yields logits of rows of hidden states, some rows at a time.
 
-    def __init__(self, limits: Limits, eos_ids: Iterable[int], logits_of: Callable[..., Any] | None) -> None:
+    `remember(rows, ids)` is told which ids were chosen for which rows, before the host knows them.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        eos_ids: Iterable[int],
+        logits_of: Callable[..., Any] | None,
+        remember: Callable[[list[int], Any], None] | None = None,
+    ) -> None:
         self._sampler = Sampler(limits.max_num_seqs, limits.vocab_size)
         self._eos_ids = tuple(eos_ids)
         self._logits_of = logits_of
+        self._remember = remember
         self._bound: list[tuple[int, int] | None] = [None] * limits.max_num_seqs  # row -> (sequence id, epoch)
         self._rows: dict[int, int] = {}  # sequence id -> the row it was last bound to
 
     def read(self, plan: Plan, output: ModelOutput, samples: Mapping[int, Sample]) -> Reading:
         """Choose the next token of each entry that has reached its last known one. `samples` are by sequence id."""
-        reading = self._sample(plan, output, samples)
-        if output.hidden is not None:
-            self._read_prompts(plan, output.hidden, samples, reading)
-        return reading
+        return self.launch(plan, output, samples)()
 
-    def _sample(self, plan: Plan, output: ModelOutput, samples: Mapping[int, Sample]) -> Reading:
+    def launch(self, plan: Plan, output: ModelOutput, samples: Mapping[int, Sample]) -> Callable[[], Reading]:
+        """The same without waiting for the device; what is returned waits."""
         entries = [entry for entry in plan.entries if entry.num_logits]
-        if not entries:
-            return Reading([[] for _ in plan.entries])
         for entry in entries:
             self._bind(entry, samples[entry.sequence_id])
-        result = self._sampler.sample(output.logits, [entry.row for entry in entries])
+        choice = None
+        if entries:
+            rows = [entry.row for entry in entries]
+            choice = self._sampler.launch(output.logits, rows, [entry.start + entry.num_tokens for entry in entries])
+            if self._remember is not None:
+                self._remember(rows, choice.ids)
+        hidden = output.hidden
+
+        def read() -> Reading:
+            reading = self._read(plan, entries, choice.read()) if choice is not None else _nothing(plan)
+            if hidden is not None:
+                self._read_prompts(plan, hidden, samples, reading)
+            return reading
+
+        return read
+
+    def _read(self, plan: Plan, entries: list[Entry], result: Sampled) -> Reading:
         tokens = iter(result.tokens)
         reading = Reading([[next(tokens)] if entry.num_logits else [] for entry in plan.entries])
         for entry, logprobs in zip(entries, result.logprobs, strict=True):
@@ -92,8 +114,11 @@ class Readout:
             if entry.prompt_logprobs:
                 rows = hidden[offset : offset + entry.num_tokens]
                 offset += entry.num_tokens
+                sample = samples.get(entry.sequence_id)
+                if sample is None:  # it ended while the step was in flight
+                    continue
                 try:
-                    self._read_prompt(entry, rows, samples[entry.sequence_id])
+                    self._read_prompt(entry, rows, sample)
                 except Exception as error:
                     reading.failures.setdefault(entry.sequence_id, error)
 
@@ -111,3 +136,8 @@ class Readout:
             found = self._sampler.prompt_logprobs(logits[: len(following)], following, k)
             live.prompt_logprobs[position : position + len(following)] = found
             position += len(logits)
+
+
+def _nothing(plan: Plan) -> Reading:
+    """A step of prompt chunks only."""
+    return Reading([[] for _ in plan.entries])

@@ -44,12 +44,19 @@ class ModelOutput:
 
 
 class Runner:
-    """One model on one KV cache."""
+    """One model on one KV cache, for up to `max_num_seqs` rows.
 
-    def __init__(self, model: Model, kv_cache: KVCache) -> None:
+    depth: how many steps may be in flight; on a GPU one is launched while the one before it runs.
+    """
+
+    def __init__(self, model: Model, kv_cache: KVCache, max_num_seqs: int, depth: int | None = None) -> None:
         self._model: Model | None = model
         self._kv = kv_cache
-        self._team = Team() if kv_cache.blocks.device.type == "cpu" else None
+        self._device = kv_cache.blocks.device
+        self._team = Team() if self._device.type == "cpu" else None
+        self._has_entered = False
+        self.depth = depth or (1 if self._device.type == "cpu" else 2)
+        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)  # of each row
 
     @property
     def kv_cache(self) -> KVCache:
@@ -60,14 +67,23 @@ class Runner:
         model = self._open()
         if self._team is not None:
             self._team.gather()
+        elif not self._has_entered:
+            self._enter()
         with torch.inference_mode():
-            batch = build(plan, self._kv.block_size, self._kv.blocks.device)
+            batch = build(plan, self._kv.block_size, self._device, self._last_tokens)
             self._kv.copy_blocks(batch.copies)
             hidden = model.forward(batch, self._kv, between_layers)
             asked = None if batch.hidden_rows is None else hidden.index_select(0, batch.hidden_rows)
             last = hidden.index_select(0, batch.logit_rows)
         with torch.no_grad():  # users' code gets the logits: an inference tensor would refuse its in-place operations
             return ModelOutput(model.logits(last), asked)
+
+    def remember(self, rows: list[int], ids: Tensor) -> None:
+        """Keep the ids [n] chosen for these rows on the device: the next step may be launched before they are read."""
+        where = torch.tensor(rows, dtype=torch.int64)
+        if self._device.type == "cuda":
+            where = where.pin_memory().to(self._device, non_blocking=True)
+        self._last_tokens.index_copy_(0, where, ids.to(torch.int32))
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits of rows of ModelOutput.hidden, a few rows at a time: float32 [at most LOGIT_ROWS, vocabulary] each."""
@@ -77,10 +93,19 @@ class Runner:
                 logits = model.logits(rows)
             yield logits
 
+    def _enter(self) -> None:
+        """The thread that runs steps gets the device and a stream of its own; other threads keep theirs."""
+        torch.cuda.set_device(self._device)
+        torch.cuda.synchronize()  # the weights, which another thread's stream has put there
+        torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        self._has_entered = True
+
     def close(self) -> None:
         """Drop the model and give the cache's memory back. Idempotent."""
         self._model = None
         self._kv.free()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _open(self) -> Model:
         if self._model is None:

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,14 +39,34 @@ class Sampled:
     failures: dict[int, Exception] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Step:
-    """One call of `Sampler.sample`: its rows, their states, and what has been chosen so far."""
+class Choice:
+    """Tokens that were chosen where the logits are. `ids` int64 [n], there; `read` brings them to the host."""
 
-    rows: Sequence[int]
-    states: list[_Row]
-    tokens: list[int]
-    failures: dict[int, Exception] = field(default_factory=dict)
+    def __init__(self, ids: Tensor, best: Tensor) -> None:
+        self.ids = ids
+        self.best = best  # [n]: the largest logit, not finite where there was nothing to choose from
+        self.edited: tuple[list[int], Tensor] = ([], best)  # the same after edits, and of which rows
+        self.failures: dict[int, Exception] = {}
+        self.logprobs: list[tuple[list[int], tuple[Tensor, ...]]] = []  # rows, and what `ops.logprobs` says of them
+
+    def read(self) -> Sampled:
+        """Wait for the device. Rows without a choice are failures."""
+        tokens, failures = self.ids.tolist(), self.failures
+        edited, best = self.edited
+        if edited:
+            for i, value in zip(edited, best.tolist(), strict=True):
+                if not math.isfinite(value):
+                    failures.setdefault(i, RequestFailed(_no_choice(value)))
+        for i, value in enumerate(self.best.tolist()):
+            if not math.isfinite(value):
+                failures[i] = RequestFailed(f"the model's logits are not finite: the largest is {value}")
+        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
+        for group, columns in self.logprobs:
+            for i, entry in zip(group, _entries([tokens[i] for i in group], columns), strict=True):
+                logprobs[i] = None if i in failures else entry
+        for i in failures:
+            tokens[i] = -1
+        return Sampled(tokens, logprobs, failures)
 
 
 class Sampler:
@@ -96,28 +116,39 @@ class Sampler:
         """Forget a row's sequence."""
         self._rows[row] = None
 
-    def sample(self, logits: Tensor, rows: Sequence[int]) -> Sampled:
-        """Choose the next token of each row.
+    def sample(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int] | None = None) -> Sampled:
+        """Choose the next token of each row, and wait for it. See `launch`."""
+        return self.launch(logits, rows, positions).read()
 
-        logits: [n, V] float32 of the model, not written. rows: [n] bound rows; the position sampled is the length of
-        the row's live token list. All-greedy rows with nothing else asked cost one argmax, which also sees NaN.
+    def launch(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int] | None = None) -> Choice:
+        """Choose the next token of each row where the logits are.
+
+        logits: [n, V] float32 of the model, not written. rows: [n] bound rows. positions: [n], of the tokens to choose,
+        None for the lengths of the rows' live lists; those before them need not be known yet, except where penalties,
+        bad words or a processor look at them. All-greedy rows with nothing else asked cost one argmax.
         """
         if logits.shape != (len(rows), self.vocab_size):
             raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(rows)} rows of {self.vocab_size} ids")
-        ids, best = ops.argmax_rows(logits)
-        step = _Step(rows, [self._state(row) for row in rows], ids.tolist())
-        for i, value in enumerate(best.tolist()):
-            if not math.isfinite(value):
-                step.failures[i] = RequestFailed(f"the model's logits are not finite: the largest is {value}")
-        good = [(i, state) for i, state in enumerate(step.states) if i not in step.failures]
-        self._draw(step, logits, best, [(i, i) for i, state in good if state.draws and not state.edits])
-        edited = [i for i, state in good if state.edits]
+        choice = Choice(*ops.argmax_rows(logits))
+        states = [self._state(row) for row in rows]
+        at = [len(state.tokens) for state in states] if positions is None else positions
+        keys = {
+            i: state.key(position) for i, (state, position) in enumerate(zip(states, at, strict=True)) if state.draws
+        }
+        self._draw(
+            choice.ids, logits, choice.best, [(i, i, rows[i], key) for i, key in keys.items() if not states[i].edits]
+        )
+        edited = [i for i, state in enumerate(states) if state.edits]
         if edited:
-            self._sample_edited(step, logits, edited)
-        logprobs = self._logprobs(step, logits)
-        for i in step.failures:
-            step.tokens[i] = -1
-        return Sampled(step.tokens, logprobs, step.failures)
+            work = logits[torch.tensor(edited, device=logits.device)]
+            for i, error in self._edit(work, [states[i] for i in edited], [at[i] for i in edited]):
+                choice.failures[edited[i]] = error
+            ids, best = ops.argmax_rows(work)
+            choice.edited = edited, best
+            choice.ids[torch.tensor(edited, device=logits.device)] = ids
+            self._draw(choice.ids, work, best, [(n, i, rows[i], keys[i]) for n, i in enumerate(edited) if i in keys])
+        self._log(choice, logits, states)
+        return choice
 
     def _state(self, row: int) -> _Row:
         state = self._rows[row]
@@ -125,28 +156,15 @@ class Sampler:
             raise ValueError(f"row {row} is not bound")
         return state
 
-    def _sample_edited(self, step: _Step, logits: Tensor, edited: list[int]) -> None:
-        """Sample the rows whose logits are changed first, on a copy of them."""
-        work = logits[torch.tensor(edited, device=logits.device)]
-        states = [step.states[i] for i in edited]
+    def _edit(self, work: Tensor, states: list[_Row], positions: list[int]) -> Iterator[tuple[int, RequestFailed]]:
+        """Change the rows' logits in place; yields those whose processor failed."""
         self._penalise(work, states)
-        for line, state, i in zip(work, states, edited, strict=True):
-            state.edit(line)
+        for i, (line, state, position) in enumerate(zip(work, states, positions, strict=True)):
+            state.edit(line, position)
             try:
                 state.process(line)
             except RequestFailed as error:
-                step.failures[i] = error
-        ids, best = ops.argmax_rows(work)
-        drawn = []
-        for place, (i, token, value) in enumerate(zip(edited, ids.tolist(), best.tolist(), strict=True)):
-            step.tokens[i] = token
-            if i in step.failures:
-                continue
-            if not math.isfinite(value):
-                step.failures[i] = RequestFailed(_no_choice(value))
-            elif step.states[i].draws:
-                drawn.append((place, i))
-        self._draw(step, work, best, drawn)
+                yield i, error
 
     def _penalise(self, work: Tensor, states: list[_Row]) -> None:
         """Penalties of the rows that have them, as one gather and one scatter."""
@@ -163,20 +181,18 @@ class Sampler:
             pairs = (torch.cat(part).to(device) for part in (places, ids, times))
             ops.penalise(work, *pairs, *torch.cat(factors).to(device).unbind(1))
 
-    def _draw(self, step: _Step, source: Tensor, best: Tensor, pairs: list[tuple[int, int]]) -> None:
-        """For each (place, index), draw the token of the step's row `index` from `source[place]`.
-
-        best: the largest logit of each source row.
-        """
+    def _draw(self, chosen: Tensor, source: Tensor, best: Tensor, draws: list[tuple[int, int, int, int]]) -> None:
+        """For each (place, i, row, key), draw `chosen[i]` from `source[place]`. best: largest logit of each place."""
         for filtered in (False, True):
-            some = [pair for pair in pairs if step.states[pair[1]].filtered is filtered]
+            some = [each for each in draws if self._state(each[2]).filtered is filtered]
             if not some:
                 continue
+            places, indices, rows, keys = map(list, zip(*some, strict=True))
             device = source.device
-            where = torch.tensor([place for place, _ in some], device=device)
-            row = torch.tensor([step.rows[i] for _, i in some])
+            where = torch.tensor(places, device=device)
+            row = torch.tensor(rows)
             lines = source if len(some) == len(source) else source[where]
-            words = ops.key_words([step.states[i].key() for _, i in some], device)
+            words = ops.key_words(keys, device)
             temperature = self._temperature[row].to(device)
             if filtered:
                 limits = (limit[row].to(device) for limit in (self._top_k, self._top_p, self._min_p))
@@ -185,20 +201,17 @@ class Sampler:
                 if self._mixed_ids is None or self._mixed_ids.device != device:
                     self._mixed_ids = ops.mix_ids(torch.arange(self.vocab_size, device=device))
                 ids = ops.draw(lines, best[where], temperature, words, self._mixed_ids)
-            for (_, i), token in zip(some, ids.tolist(), strict=True):
-                step.tokens[i] = token
+            chosen[torch.tensor(indices, device=device)] = ids
 
-    def _logprobs(self, step: _Step, logits: Tensor) -> list[TokenLogprobs | None]:
-        found: list[TokenLogprobs | None] = [None] * len(step.states)
+    def _log(self, choice: Choice, logits: Tensor, states: list[_Row]) -> None:
+        """Log-probabilities of the rows that want them, in groups that want as many."""
         groups: dict[int, list[int]] = {}
-        for i, state in enumerate(step.states):
-            if state.params.logprobs is not None and i not in step.failures:
+        for i, state in enumerate(states):
+            if state.params.logprobs is not None:
                 groups.setdefault(state.params.logprobs, []).append(i)
         for k, group in groups.items():
-            lines = logits[torch.tensor(group, device=logits.device)]
-            for i, entry in zip(group, self.prompt_logprobs(lines, [step.tokens[i] for i in group], k), strict=True):
-                found[i] = entry
-        return found
+            where = torch.tensor(group, device=logits.device)
+            choice.logprobs.append((group, ops.logprobs(logits[where], choice.ids[where], k)))
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
         """Log-probabilities of the raw distribution: of each row's given next token, then of the k most likely.
@@ -211,14 +224,22 @@ class Sampler:
             raise RequestFailed("the model's logits are not finite, so there are no log-probabilities")
         size = logits.shape[1]
         chosen = torch.tensor([min(token, size - 1) for token in next_tokens], dtype=torch.int64, device=logits.device)
-        columns = (column.tolist() for column in ops.logprobs(logits, chosen, k))
-        entries = []
-        for token, logprob, rank, values, ids in zip(next_tokens, *columns, strict=True):
-            ranked = enumerate(zip(ids, values, strict=True), start=1)
-            rest = [Logprob(other, value, place) for place, (other, value) in ranked if other != token]
-            own = Logprob(token, logprob, rank) if token < size else Logprob(token, -math.inf, size + 1)
-            entries.append([own, *rest])
+        found = ops.logprobs(logits, chosen, k)
+        entries = _entries(next_tokens, found)
+        for token, entry in zip(next_tokens, entries, strict=True):
+            if token >= size:
+                entry[0] = Logprob(token, -math.inf, size + 1)
         return entries
+
+
+def _entries(tokens: Sequence[int], columns: Iterable[Tensor]) -> list[TokenLogprobs]:
+    """What `ops.logprobs` found, row by row: the chosen token, then the others of the most likely."""
+    entries = []
+    for token, logprob, rank, values, ids in zip(tokens, *(column.tolist() for column in columns), strict=True):
+        ranked = enumerate(zip(ids, values, strict=True), start=1)
+        rest = [Logprob(other, value, place) for place, (other, value) in ranked if other != token]
+        entries.append([Logprob(token, logprob, rank), *rest])
+    return entries
 
 
 def _no_choice(best: float) -> str:
@@ -270,12 +291,12 @@ class _Row:
         masked = self._bias is not None or self._allowed is not None or self._ends is not None or bool(words)
         self.edits = penalised or masked or params.logits_processor is not None
 
-    def key(self) -> int:
-        """The 64-bit key of the draw at the next position."""
-        return ops.fold(self._stream, len(self.tokens))
+    def key(self, position: int) -> int:
+        """The 64-bit key of the draw at a position."""
+        return ops.fold(self._stream, position)
 
-    def edit(self, line: Tensor) -> None:
-        """Bias and masks, in place on this row's [V] copy."""
+    def edit(self, line: Tensor, position: int) -> None:
+        """Bias and masks, in place on this row's [V] copy. position: of the token to choose."""
         if self._bias is not None:
             ids, values = self._bias
             line[ids] += values.to(line.device)
@@ -288,7 +309,7 @@ class _Row:
         for prefix, last in self._watched.get(self.tokens[-1], ()) if self.tokens else ():
             if self.tokens[-len(prefix) :] == prefix:
                 line[last] = -math.inf
-        if self._ends is not None and len(self.tokens) - self.num_prompt < self.params.min_tokens:
+        if self._ends is not None and position - self.num_prompt < self.params.min_tokens:
             line[self._ends] = -math.inf
 
     def process(self, line: Tensor) -> None:

@@ -41,6 +41,7 @@ class Sequence:
     priority: int = 0
     salt: str | None = None
     prompt_logprobs: bool = False
+    is_stepwise: bool = False  # its next token depends on the ids before it: never planned ahead of them
     forks: list[Sequence] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)  # guesses to verify in its next step
 
@@ -76,6 +77,8 @@ class Sequence:
         known = len(self.tokens) + self.num_sampling
         if known - self.num_prompt >= self.max_tokens:
             return 0  # the last token's KV is never needed
+        if self.is_stepwise and self.num_sampling:
+            return 0
         return known - self.num_computed - self.num_in_flight
 
     @property

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedllm.config import Options
-from embedllm.core import choose_num_blocks, max_sequences
-from embedllm.errors import InvalidRequest, ModelFormatError, OutOfMemory, UnknownOption, UnsupportedModel
-from embedllm.machine import free_memory
+from embedllm.core import choose_device, choose_num_blocks, max_sequences
+from embedllm.errors import ModelFormatError, OutOfMemory, UnknownOption, UnsupportedModel
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +106,6 @@ def plan(model: Any = None, **options: Any) -> PlanReport:
     Raises UnknownOption, InvalidRequest, ModelNotFound, ModelFormatError, UnsupportedModel. What does not fit is no
     error: the report says so.
     """
-    import torch
-
     from embedllm.models import hub, loader
     from embedllm.models.fields import Fields
 
@@ -117,7 +114,7 @@ def plan(model: Any = None, **options: Any) -> PlanReport:
             raise UnknownOption.named(name, _OPTIONS, "plan")
     asked = Options(**options)
     snapshot = hub.resolve(model, asked.revision, asked.token, progress=asked.progress, weights=False)
-    device = torch.device("cpu" if asked.device == "auto" else asked.device)
+    device = choose_device(asked.device)
     where = str(snapshot.path / "config.json")
     size = _measure(snapshot, where, asked.trust_remote_code)
     dtype = loader.choose_dtype(asked.dtype, size.saved_dtype(Fields(snapshot.config, where)), device)
@@ -219,10 +216,11 @@ def _listed_bytes(folder: Path) -> int:
 
 
 def _report(snapshot: Snapshot, size: _Size, asked: Options, dtype: torch.dtype, device: torch.device) -> PlanReport:
+    from embedllm.kv_cache import free_on
     from embedllm.models.load import check_length, dtype_note
 
     group = size.kv_group(dtype)
-    free = _free(device)
+    free = free_on(device)
     weights = size.num_parameters * dtype.itemsize
     if device.type == "cpu" and _packs(dtype):
         weights += size.tied_head * dtype.itemsize
@@ -267,16 +265,6 @@ def _window_waste(windows: tuple[int | None, ...], length: int) -> float:
         return 0.0
     past = sum(max(0, length - window) for window in windows if window is not None)
     return past / (len(windows) * length)
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cpu":
-        return free_memory()
-    import torch
-
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise InvalidRequest(f"device={str(device)!r} is not here; use device='cpu'")
-    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _packs(dtype: torch.dtype) -> bool:

@@ -171,6 +171,11 @@ class Runner(ABC):
         logits[second], logits[best] = 50.0, 100.0  # sampling at an ordinary temperature always takes the best
         return logits
 
+    def remember(self, rows: list[int], ids: torch.Tensor) -> None:
+        """Keep what was chosen for these rows: the next step may be launched before anybody else knows."""
+        for row, token in zip(rows, ids.tolist(), strict=True):
+            self.memory.last[row] = token
+
     def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits of hidden states, in pieces: here they are the same thing."""
         yield hidden

@@ -8,6 +8,7 @@ on what else is in the batch (up to rounding).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from embedllm import ops
 from embedllm.batch import Batch
 from embedllm.errors import EngineError, ModelFormatError
 from embedllm.kv_cache import KVCache, KVGroup
-from embedllm.layers import MLP, Experts, Head, Linear, Norm
+from embedllm.layers import MLP, Experts, Head, Linear, Norm, parts_for
 from embedllm.models.config import Layer, ModelConfig
 from embedllm.models.rope import Rope
 from embedllm.models.weights import Shape, shapes
@@ -28,9 +29,12 @@ class Block:
 
     __slots__ = ("attn_norm", "mlp", "mlp_norm", "o", "post_attn_norm", "post_mlp_norm", "qk_norm", "qkv", "spec")
 
-    def __init__(self, spec: Layer, config: ModelConfig, take: _Shelf, pack: bool) -> None:
+    def __init__(self, spec: Layer, config: ModelConfig, take: _Shelf, parts: Any, pack: bool) -> None:
+        """parts: the classes to build from, of `layers` or their twins."""
+
         def linear(name: str) -> Linear:
-            return Linear(take.one(f"{name}.weight"), take.maybe(f"{name}.bias"), pack)
+            weight: Linear = parts.Linear(take.one(f"{name}.weight"), take.maybe(f"{name}.bias"), pack)
+            return weight
 
         def weight_of(name: str) -> Tensor | None:
             weight = take.maybe(f"{name}.weight")
@@ -38,35 +42,36 @@ class Block:
 
         def norm(name: str) -> Norm | None:
             weight = weight_of(name)
-            return None if weight is None else Norm(weight, config.norm_eps)
+            return None if weight is None else parts.Norm(weight, config.norm_eps)
 
         self.spec = spec
         self.attn_norm, self.post_attn_norm = norm("attn_norm"), norm("post_attn_norm")
         self.mlp_norm, self.post_mlp_norm = norm("mlp_norm"), norm("post_mlp_norm")
         self.qkv, self.o = linear("qkv"), linear("o")
-        self.qk_norm = _qk_norm(config, weight_of("q_norm"), weight_of("k_norm"))
+        self.qk_norm = _qk_norm(config, parts, weight_of("q_norm"), weight_of("k_norm"))
         self.mlp: MLP | Experts
         if spec.moe is None:
             biases = take.maybe("gate_up.bias"), take.maybe("down.bias")
-            self.mlp = MLP(take.one("gate_up.weight"), take.one("down.weight"), config.activation, biases, pack)
+            self.mlp = parts.MLP(take.one("gate_up.weight"), take.one("down.weight"), config.activation, biases, pack)
         else:
-            weights = zip(take.one("experts.gate_up"), take.one("experts.down"), strict=True)
-            experts = [MLP(gate_up, down, config.activation, (None, None), pack) for gate_up, down in weights]
-            self.mlp = Experts(linear("router"), experts, spec.moe.num_chosen, spec.moe.renormalise)
+            weights = take.one("experts.gate_up"), take.one("experts.down")
+            self.mlp = parts.Experts(
+                linear("router"), *weights, config.activation, spec.moe.num_chosen, spec.moe.renormalise, pack
+            )
 
     @property
     def linears(self) -> list[Linear]:
         return [self.qkv, self.o, *self.mlp.linears]
 
 
-def _qk_norm(config: ModelConfig, q: Tensor | None, k: Tensor | None) -> tuple[Norm, ...]:
+def _qk_norm(config: ModelConfig, parts: Any, q: Tensor | None, k: Tensor | None) -> tuple[Norm, ...]:
     """Per head: one norm with a weight [heads + kv_heads, head_dim] for both; full width: q's and k's; without: ()."""
     if q is None or k is None:
         return ()
     if config.qk_norm == "full":
-        return Norm(q, config.norm_eps), Norm(k, config.norm_eps)
+        return parts.Norm(q, config.norm_eps), parts.Norm(k, config.norm_eps)
     both = torch.cat((q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)))
-    return (Norm(both, config.norm_eps),)
+    return (parts.Norm(both, config.norm_eps),)
 
 
 class Decoder:
@@ -89,6 +94,7 @@ class Decoder:
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.max_model_len = max_model_len or config.max_len
         self._pack = pack
+        self._parts = parts_for(self.device)
         self._expected = shapes(config)
         self._waiting: dict[str, Tensor] = {}
         self._put: set[str] = set()
@@ -157,7 +163,7 @@ class Decoder:
             self._missing[index] -= 1
             if not self._missing[index]:
                 take = _Shelf(self._waiting, f"layers.{index}.")
-                self._blocks[index] = Block(self.config.layers[index], self.config, take, self._pack)
+                self._blocks[index] = Block(self.config.layers[index], self.config, take, self._parts, self._pack)
 
     def finish(self) -> None:
         """Every weight is there: ready to run. Raises ModelFormatError naming what is missing."""
@@ -168,9 +174,9 @@ class Decoder:
         config, take = self.config, _Shelf(self._waiting, "")
         self._layers = [self._blocks[index] for index in range(config.num_layers)]
         self._embed = take.one("embed.weight")
-        self._norm = Norm(take.one("norm.weight").float() + config.norm_offset, config.norm_eps)
+        self._norm = self._parts.Norm(take.one("norm.weight").float() + config.norm_offset, config.norm_eps)
         head = self._embed if config.tied else take.one("head.weight")
-        self._head = Head(Linear(head, None, self._pack), config.logits_divisor, config.logits_softcap)
+        self._head = Head(self._parts.Linear(head, None, self._pack), config.logits_divisor, config.logits_softcap)
 
     def forward(self, batch: Batch, kv: KVCache, between_layers: Callable[[], None] | None = None) -> Tensor:
         """Compute a step: write its tokens' KV, return hidden states [tokens, hidden] after the final norm.
@@ -181,9 +187,9 @@ class Decoder:
         if embed is None or norm is None:
             raise EngineError("forward() before finish()")
         x = self._scaled(F.embedding(batch.padded_ids, embed))  # [padded, hidden]
-        attention = ops.Attention(batch, kv, config.num_heads)
+        attention = ops.attention(batch, kv, config.num_heads)
         angles = {
-            rope: ops.angles(batch.padded_positions, frequencies, rope.amplitude, self.dtype)
+            rope: attention.angles(frequencies, rope.amplitude, self.dtype)
             for rope, frequencies in self._frequencies.items()
         }
         attended = x.new_zeros((x.shape[0], config.q_size))  # reused by every layer; padded rows stay zero
@@ -220,23 +226,13 @@ class Decoder:
     ) -> None:
         """Attention of one layer up to its output projection, into `attended` [padded, heads · head_dim]."""
         config, spec = self.config, block.spec
-        heads, q_size, kv_size = config.num_heads, config.q_size, config.kv_size
         h = x if block.attn_norm is None else block.attn_norm(x)
-        flat = block.qkv(h)  # [padded, q_size + 2 · kv_size]
-        qkv = flat.view(x.shape[0], -1, config.head_dim)
-        qk = qkv[:, : heads + config.num_kv_heads]
-        if len(block.qk_norm) == 1:
-            qk.copy_(block.qk_norm[0](qk))
-        elif block.qk_norm:
-            for part, norm in zip(torch.split(flat, [q_size, kv_size, kv_size], 1), block.qk_norm, strict=False):
-                part.copy_(norm(part))
-        if spec.rope is not None:
-            ops.rotary_(qk, *angles[spec.rope])
-        attention.store(index, flat[:num_tokens, q_size:])
+        qkv = block.qkv(h)  # [padded, q_size + 2 · kv_size]
+        attention.enter(index, qkv, block.qk_norm, None if spec.rope is None else angles[spec.rope])
         attention(
             index,
-            qkv[:num_tokens, :heads],
-            attended.view(x.shape[0], heads, -1)[:num_tokens],
+            qkv[:num_tokens, : config.q_size].view(num_tokens, config.num_heads, config.head_dim),
+            attended[:num_tokens].view(num_tokens, config.num_heads, config.head_dim),
             scale=config.attention_scale,
             window=spec.window,
             softcap=config.attention_softcap,

@@ -182,7 +182,7 @@ class Fallback:
 
     def forward(self, batch: Batch, kv: KVCache, between_layers: Callable[[], None] | None = None) -> Tensor:
         """Write the batch's KV, return hidden states [tokens, hidden] as the model's head takes them."""
-        step = _Step(ops.Attention(batch, kv, self._heads), between_layers)
+        step = _Step(ops.attention(batch, kv, self._heads), between_layers)
         return self._hidden(batch.ids.long()[None], batch.positions.long()[None], step)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -162,16 +162,9 @@ def check_length(max_model_len: int | None, max_len: int, name: str) -> int:
 
 def check_room(num_bytes: int, device: torch.device, name: str) -> None:
     """Raises OutOfMemory where the weights cannot fit: the system would grant the memory and later kill the process."""
-    import torch
+    from embedllm.kv_cache import free_on
 
-    from embedllm.machine import free_memory
-
-    if device.type == "cpu":
-        free = free_memory()
-    elif device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0])
-    else:
-        return
+    free = free_on(device)
     if num_bytes > free:
         raise OutOfMemory(
             f"the weights of {name} take {num_bytes / 2**30:,.1f} GiB of {free / 2**30:,.1f} GiB free ({device}): "

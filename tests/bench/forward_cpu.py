@@ -102,7 +102,7 @@ def main() -> None:
     decoder.finish()
     print(f"{args.shape} {args.dtype} {args.threads} threads, {decoder.num_bytes / 1e6:,.0f} MB of weights,", end=" ")
     print(f"made in {time.perf_counter() - began:.1f} s; packing: {decoder.packing or 'all'}")
-    runner = Runner(decoder, KVCache(decoder.kv_group, NUM_BLOCKS, BLOCK_SIZE))
+    runner = Runner(decoder, KVCache(decoder.kv_group, NUM_BLOCKS, BLOCK_SIZE), 256)
     runner.kv_cache.blocks.fill_(0.01)
     for batch in args.batches:
         plan = decode_plan(batch, args.context, BLOCK_SIZE, NUM_BLOCKS)

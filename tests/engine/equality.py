@@ -22,7 +22,7 @@ from embedllm.kv_cache import KVCache
 from embedllm.models.hub import resolve
 from embedllm.models.load import Loaded, load
 from embedllm.params import SamplingParams
-from embedllm.plan_types import Plan
+from embedllm.plan_types import UNKNOWN, Plan
 from embedllm.request import Request
 from embedllm.runner import ModelOutput, Runner
 from tests.engine import tiny_models
@@ -45,8 +45,10 @@ class Bench:
 
     name: str
     limits: Limits
+    depth: int = 1  # steps in flight
     unwritten: float = math.nan  # what is read must have been written
     num_chunks: int = 0  # entries that ended inside known tokens
+    num_ahead: int = 0  # steps launched before the one before them was read
     most_entries: int = 0
     most_tokens: int = 0
     outputs: dict[int, list[int]] = field(default_factory=dict)
@@ -58,11 +60,14 @@ class Bench:
         self.limits = dataclasses.replace(self.limits, **size)
         self.kv = KVCache(self.model.kv_group, self.limits.num_blocks, self.limits.block_size)
         self.kv.blocks.fill_(self.unwritten)
-        self._runner = Runner(self.model, self.kv)
-        self.engine = Engine(self._run, self.limits, eos_ids=(), debug=True)
+        self._runner = Runner(self.model, self.kv, self.limits.max_num_seqs)
+        self.engine = Engine(
+            self._run, self.limits, eos_ids=(), depth=self.depth, remember=self._runner.remember, debug=True
+        )
 
     def _run(self, plan: Plan, *between_layers: Any) -> ModelOutput:
         self.num_chunks += sum(entry.num_logits == 0 for entry in plan.entries)
+        self.num_ahead += any(UNKNOWN in entry.tokens for entry in plan.entries)
         self.most_entries = max(self.most_entries, len(plan.entries))
         self.most_tokens = max(self.most_tokens, plan.num_tokens)
         return self._runner(plan, *between_layers)

@@ -80,7 +80,7 @@ class Told:
 class Lab:
     """Submit, step to the end, compare with the oracle."""
 
-    def __init__(self, limits: Limits = LIMITS) -> None:
+    def __init__(self, limits: Limits = LIMITS, depth: int = HookedRunner.depth) -> None:
         self.model = Hooked(vocab_size=limits.vocab_size, eos_every=40)
         self.runner = HookedRunner(self.model, limits)
         self.tokenizer = ByteTokenizer()
@@ -90,6 +90,8 @@ class Lab:
             tokenizer=self.tokenizer,
             eos_ids=self.model.eos_ids,
             logits_of=self.runner.logits,
+            depth=depth,
+            remember=self.runner.remember,
             debug=True,
         )
         self.engine.attach(self.runner.memory)

@@ -5,6 +5,7 @@ it should not says something else than its oracle.
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ class Hooked(HashLM):
 
 
 class HookedRunner(HashRunner):
+    depth = int(os.environ.get("EMBEDLLM_TEST_DEPTH", "1"))  # steps in flight
+
     def __init__(self, model: Hooked, limits: Limits) -> None:
         super().__init__(model, limits)
         self.model = model

@@ -27,6 +27,7 @@ FACTORS: dict[str, list[Any]] = {
     "batch": [1, 8, 64],
     "arrivals": ["together", "staggered"],
     "lengths": ["short", "long", "mixed"],
+    "depth": [1, 2],
 }
 LENGTHS = {"short": [5, 6], "long": [33, 47], "mixed": [5, 19, 50]}
 
@@ -90,7 +91,7 @@ def make_bench(case: Case, prompts: Prompts) -> Bench:
         max_batch_tokens=budget(case),
         prefix_caching=case["cache"] != "off",
     )
-    return Bench(case["model"], limits)
+    return Bench(case["model"], limits, case["depth"])
 
 
 WITHIN = pairwise({name: values for name, values in FACTORS.items() if name != "model"}, allowed)
@@ -137,6 +138,7 @@ def check_that_it_happened(case: Case, bench: Bench, prompts: Prompts, num_hits:
     assert bench.most_tokens <= budget(case)
     if max(map(len, prompts)) > budget(case):
         assert bench.num_chunks
+    assert bool(bench.num_ahead) == (case["depth"] > 1)
     if case["pool"] == "tight":
         assert scheduler.num_preemptions
     elif case["arrivals"] == "together":

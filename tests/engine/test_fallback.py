@@ -207,7 +207,7 @@ def test_hostile_configs_are_refused(change: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_weights_that_cannot_fit_are_not_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = resolve(tiny_models.folder(name))
-    monkeypatch.setattr("embedllm.machine.free_memory", lambda: 100_000)
+    monkeypatch.setattr("embedllm.kv_cache.free_memory", lambda: 100_000)
     monkeypatch.setattr("embedllm.models.loader.stream", None)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     with pytest.raises(OutOfMemory, match=r"take 0\.0 GiB"):

@@ -25,7 +25,7 @@ ATTEMPT: dict[str, Arm] = {
     "run": lambda lab, fault: fault.wrap(lab.engine, "_run"),
     "copy": lambda lab, fault: fault.wrap(lab.runner.memory, "write"),
     "between layers": lambda lab, fault: fault.wrap(lab.engine, "_beat"),
-    "sample": lambda lab, fault: fault.wrap(lab.engine._readout._sampler, "sample"),
+    "sample": lambda lab, fault: fault.wrap(lab.engine._readout._sampler, "launch"),
     "bind": lambda lab, fault: fault.wrap(lab.engine._readout._sampler, "bind"),
 }
 POLICY: dict[str, Arm] = {

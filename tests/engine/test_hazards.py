@@ -213,18 +213,28 @@ def test_one_token_with_everything_asked() -> None:
 def test_a_request_that_cannot_be_taken_is_not_half_taken() -> None:
     """Whatever fails while it is registered, nothing of it stays."""
     lab = Lab()
-    for broken in ("_new_sample", "_watch_deadline"):
-        original = getattr(lab.engine, broken)
-        calls = itertools.count()
+    calls = itertools.count()
 
-        def fail(*args: Any, original: Any = original, calls: Any = calls, broken: str = broken) -> Any:
-            if broken == "_watch_deadline" or next(calls) == 1:  # the second of three samples
+    class Ids:
+        """Fails for the second of three samples."""
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> int:
+            number = next(calls)
+            if number == 1:
                 raise OverflowError("too large for its field")
-            return original(*args)
+            return number
 
-        setattr(lab.engine, broken, fail)
+    def fail(*args: Any) -> None:
+        raise OverflowError("too large for its field")
+
+    for holder, name, broken in ((lab.engine, "_ids", Ids()), (lab.engine._deadlines, "add", fail)):
+        original = getattr(holder, name)
+        setattr(holder, name, broken)
         told = lab.submit(prompt_of(1), 4, n=3, deadline=60.0)
-        setattr(lab.engine, broken, original)
+        setattr(holder, name, original)
         lab.run()
         assert told.ended is not None and isinstance(told.ended.error, OverflowError)
         assert not lab.engine._live and not lab.engine._samples and not lab.engine.scheduler.sequences

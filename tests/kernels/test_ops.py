@@ -81,8 +81,7 @@ def test_experts(renormalise: bool, dtype: torch.dtype, test_seed: int) -> None:
     router = router.to(dtype)
     gate_up, down = noise(2, 8, 24, 16, dtype=dtype) / 4, noise(3, 8, 16, 12, dtype=dtype) / 4
     x = noise(test_seed, 19, 16, dtype=dtype)
-    experts = [MLP(a, b, "silu", (None, None), True) for a, b in zip(gate_up, down, strict=True)]
-    part = Experts(Linear(router), experts, 3, renormalise)
+    part = Experts(Linear(router), gate_up, down, "silu", 3, renormalise, True)
     weights, ids = reference.route(reference.linear(x, router), 3, renormalise)
     expected = reference.moe(x, weights, ids, gate_up, down)
     near(part(x), expected, dtype, 8)

@@ -66,7 +66,7 @@ def running(decoder: Decoder, num_blocks: int = 64) -> Runner:
     """A runner on a pool that is NaN wherever nothing was written."""
     kv = KVCache(decoder.kv_group, num_blocks, BLOCK)
     kv.blocks.fill_(torch.nan)
-    return Runner(decoder, kv)
+    return Runner(decoder, kv, 8)
 
 
 def entry(tokens: list[int], blocks: list[int], start: int = 0, logits: int = 1, **options: object) -> Entry:
@@ -278,7 +278,7 @@ def test_any_model_with_forward_and_logits_runs() -> None:
     model = Summing()
     kv = KVCache(model.kv_group, 8, BLOCK)
     kv.blocks.fill_(torch.nan)
-    runner = Runner(model, kv)
+    runner = Runner(model, kv, 8)
     runner(Plan(0, [entry([1, 2, 3], [6], logits=0)]))
     out = runner(Plan(1, [entry([4, 5], [6, 1], 3, logits=2), entry([7], [2])])).logits
     assert out.flatten().tolist() == [10, 15, 7]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import embedllm
-from embedllm import sizing
+from embedllm import kv_cache
 from embedllm.errors import InvalidRequest, UnknownOption
 from embedllm.models.shapes import SHAPES
 from embedllm.sizing import PlanReport
@@ -21,7 +21,7 @@ def folder(tmp_path: Path, shape: str, **changes: Any) -> Path:
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(sizing, "_free", lambda device: free)
+    monkeypatch.setattr(kv_cache, "free_on", lambda device: free)
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma3", "qwen3_moe", "gpt2"])

@@ -1,0 +1,55 @@
+"""Which device is chosen, and that one which is not here is refused with the reason."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import embedllm
+from embedllm import core
+from embedllm.errors import InvalidRequest, MissingDependency
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Two cards of compute capability 9.0, the second one current."""
+    card = SimpleNamespace(capability=(9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    return card
+
+
+@pytest.mark.usefixtures("cards")
+def test_cuda_is_the_current_card_or_the_one_named() -> None:
+    assert core.choose_device("cuda") == torch.device("cuda", 1)
+    assert core.choose_device("cuda:0") == torch.device("cuda", 0)
+    assert core.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(InvalidRequest, match="'cuda:2' is not here: torch sees 2 CUDA devices"):
+        core.choose_device("cuda:2")
+
+
+def test_an_old_card_is_refused(cards: SimpleNamespace) -> None:
+    cards.capability = (7, 5)
+    with pytest.raises(InvalidRequest, match=r"Some Card is too old .* device='cpu'"):
+        core.choose_device("cuda")
+
+
+@pytest.mark.usefixtures("cards")
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match="pip install triton"):
+        core.choose_device("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_what_is_not_here() -> None:
+    for function in (embedllm.LLM, embedllm.plan):
+        with pytest.raises(InvalidRequest, match="'cuda' is not here: torch sees 0 CUDA devices"):
+            function(device="cuda")
+        with pytest.raises(InvalidRequest, match="'mps' is not supported"):
+            function(device="mps")
+        with pytest.raises(InvalidRequest, match="'tpu9' is not a device"):
+            function(device="tpu9")
