@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embedllm.errors import EngineError
 from embedllm.plan_types import UNKNOWN, Entry, Plan
+from embedllm.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,7 @@ def build(plan: Plan, block_size: int, device: str | torch.device = "cpu", last_
     views[6][:], views[7][:] = wanted, hidden
     if unknown:
         views[8][:], views[9][:] = zip(*unknown, strict=True)
-    host = torch.from_numpy(packed)
-    buffer = host if torch.device(device).type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    buffer = upload(torch.from_numpy(packed), device)
     parts = torch.split(buffer, sizes)
     if unknown:
         if last_tokens is None:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from embedllm.choice import Sampled
 from embedllm.config import Limits
 from embedllm.live import Sample
 from embedllm.outputs import TokenLogprobs
 from embedllm.plan_types import Entry, Plan
 from embedllm.runner import ModelOutput
-from embedllm.sampler import Sampled, Sampler
+from embedllm.sampler import Sampler
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from embedllm.errors import EngineClosed
 from embedllm.kv_cache import KVCache
 from embedllm.openmp import Team
 from embedllm.plan_types import Plan
+from embedllm.transfer import upload
 
 LOGIT_ROWS = 16  # of one slice of prompt logprobs: 16 rows of 151,936 logits are 10 MB
 
@@ -80,9 +81,7 @@ class Runner:
 
     def remember(self, rows: list[int], ids: Tensor) -> None:
         """Keep the ids [n] chosen for these rows on the device: the next step may be launched before they are read."""
-        where = torch.tensor(rows, dtype=torch.int64)
-        if self._device.type == "cuda":
-            where = where.pin_memory().to(self._device, non_blocking=True)
+        where = upload(torch.tensor(rows, dtype=torch.int64), self._device)
         self._last_tokens.index_copy_(0, where, ids.to(torch.int32))
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:

@@ -12,15 +12,17 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from embedllm.choice import Choice, Sampled, entries_of
 from embedllm.errors import RequestFailed
+from embedllm.ops import on_gpu
 from embedllm.outputs import Logprob, TokenLogprobs
 from embedllm.params import SamplingParams
+from embedllm.transfer import upload
 from embedllm_kernels import sampling as ops
 
 SLOW_PROCESSOR = 1.0  # seconds: logged
@@ -28,45 +30,6 @@ STUCK_PROCESSOR = 10.0  # seconds: its request fails
 DRAW = 0  # purpose of a key: choosing a token; others are for verification of drafts
 
 log = logging.getLogger("embedllm")
-
-
-@dataclass(slots=True)
-class Sampled:
-    """What `Sampler.sample` chose. `tokens[i]` is -1 and means nothing where `failures` has i."""
-
-    tokens: list[int]
-    logprobs: list[TokenLogprobs | None]
-    failures: dict[int, Exception] = field(default_factory=dict)
-
-
-class Choice:
-    """Tokens that were chosen where the logits are. `ids` int64 [n], there; `read` brings them to the host."""
-
-    def __init__(self, ids: Tensor, best: Tensor) -> None:
-        self.ids = ids
-        self.best = best  # [n]: the largest logit, not finite where there was nothing to choose from
-        self.edited: tuple[list[int], Tensor] = ([], best)  # the same after edits, and of which rows
-        self.failures: dict[int, Exception] = {}
-        self.logprobs: list[tuple[list[int], tuple[Tensor, ...]]] = []  # rows, and what `ops.logprobs` says of them
-
-    def read(self) -> Sampled:
-        """Wait for the device. Rows without a choice are failures."""
-        tokens, failures = self.ids.tolist(), self.failures
-        edited, best = self.edited
-        if edited:
-            for i, value in zip(edited, best.tolist(), strict=True):
-                if not math.isfinite(value):
-                    failures.setdefault(i, RequestFailed(_no_choice(value)))
-        for i, value in enumerate(self.best.tolist()):
-            if not math.isfinite(value):
-                failures[i] = RequestFailed(f"the model's logits are not finite: the largest is {value}")
-        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
-        for group, columns in self.logprobs:
-            for i, entry in zip(group, _entries([tokens[i] for i in group], columns), strict=True):
-                logprobs[i] = None if i in failures else entry
-        for i in failures:
-            tokens[i] = -1
-        return Sampled(tokens, logprobs, failures)
 
 
 class Sampler:
@@ -83,6 +46,7 @@ class Sampler:
         self._top_k = torch.zeros(max_num_seqs, dtype=torch.int64)
         self._top_p = torch.ones(max_num_seqs, dtype=torch.float64)
         self._min_p = torch.zeros(max_num_seqs, dtype=torch.float64)
+        self._filtered = [False] * max_num_seqs
         self._mixed_ids: Tensor | None = None  # [V] int32, made at the first unfiltered draw
 
     def bind(
@@ -111,6 +75,7 @@ class Sampler:
         self._top_k[row] = min(params.top_k, self.vocab_size)
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
+        self._filtered[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
     def release(self, row: int) -> None:
         """Forget a row's sequence."""
@@ -140,15 +105,15 @@ class Sampler:
         )
         edited = [i for i, state in enumerate(states) if state.edits]
         if edited:
-            work = logits[torch.tensor(edited, device=logits.device)]
+            work = logits[upload(torch.tensor(edited), logits.device)]
             for i, error in self._edit(work, [states[i] for i in edited], [at[i] for i in edited]):
                 choice.failures[edited[i]] = error
             ids, best = ops.argmax_rows(work)
             choice.edited = edited, best
-            choice.ids[torch.tensor(edited, device=logits.device)] = ids
+            choice.ids[upload(torch.tensor(edited), logits.device)] = ids
             self._draw(choice.ids, work, best, [(n, i, rows[i], keys[i]) for n, i in enumerate(edited) if i in keys])
         self._log(choice, logits, states)
-        return choice
+        return choice.send()
 
     def _state(self, row: int) -> _Row:
         state = self._rows[row]
@@ -178,30 +143,32 @@ class Sampler:
                 factors.append(state.penalties.expand(len(seen), 3))
         if places:
             device = work.device
-            pairs = (torch.cat(part).to(device) for part in (places, ids, times))
-            ops.penalise(work, *pairs, *torch.cat(factors).to(device).unbind(1))
+            pairs = (upload(torch.cat(part), device) for part in (places, ids, times))
+            ops.penalise(work, *pairs, *upload(torch.cat(factors), device).unbind(1))
 
     def _draw(self, chosen: Tensor, source: Tensor, best: Tensor, draws: list[tuple[int, int, int, int]]) -> None:
         """For each (place, i, row, key), draw `chosen[i]` from `source[place]`. best: largest logit of each place."""
-        for filtered in (False, True):
-            some = [each for each in draws if self._state(each[2]).filtered is filtered]
+        device = source.device
+        for kind in (False, True):
+            some = [each for each in draws if self._filtered[each[2]] is kind]
             if not some:
                 continue
             places, indices, rows, keys = map(list, zip(*some, strict=True))
-            device = source.device
-            where = torch.tensor(places, device=device)
             row = torch.tensor(rows)
+            states = self._temperature, self._top_k, self._top_p, self._min_p
+            limits = [upload(state[row], device) for state in states]
+            words = upload(ops.key_words(keys), device)
+            where = upload(torch.tensor(places), device)
             lines = source if len(some) == len(source) else source[where]
-            words = ops.key_words(keys, device)
-            temperature = self._temperature[row].to(device)
-            if filtered:
-                limits = (limit[row].to(device) for limit in (self._top_k, self._top_p, self._min_p))
-                ids = ops.draw_filtered(lines, best[where], temperature, words, *limits)
+            if on_gpu(device):
+                ids = _draw_on_gpu(lines, limits, words, kind)
+            elif kind:
+                ids = ops.draw_filtered(lines, best[where], limits[0], words, *limits[1:])
             else:
-                if self._mixed_ids is None or self._mixed_ids.device != device:
-                    self._mixed_ids = ops.mix_ids(torch.arange(self.vocab_size, device=device))
-                ids = ops.draw(lines, best[where], temperature, words, self._mixed_ids)
-            chosen[torch.tensor(indices, device=device)] = ids
+                if self._mixed_ids is None:
+                    self._mixed_ids = ops.mix_ids(torch.arange(self.vocab_size))
+                ids = ops.draw(lines, best[where], limits[0], words, self._mixed_ids)
+            chosen[upload(torch.tensor(indices), device)] = ids
 
     def _log(self, choice: Choice, logits: Tensor, states: list[_Row]) -> None:
         """Log-probabilities of the rows that want them, in groups that want as many."""
@@ -210,7 +177,7 @@ class Sampler:
             if state.params.logprobs is not None:
                 groups.setdefault(state.params.logprobs, []).append(i)
         for k, group in groups.items():
-            where = torch.tensor(group, device=logits.device)
+            where = upload(torch.tensor(group), logits.device)
             choice.logprobs.append((group, ops.logprobs(logits[where], choice.ids[where], k)))
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
@@ -225,30 +192,19 @@ class Sampler:
         size = logits.shape[1]
         chosen = torch.tensor([min(token, size - 1) for token in next_tokens], dtype=torch.int64, device=logits.device)
         found = ops.logprobs(logits, chosen, k)
-        entries = _entries(next_tokens, found)
+        entries = entries_of(next_tokens, found)
         for token, entry in zip(next_tokens, entries, strict=True):
             if token >= size:
                 entry[0] = Logprob(token, -math.inf, size + 1)
         return entries
 
 
-def _entries(tokens: Sequence[int], columns: Iterable[Tensor]) -> list[TokenLogprobs]:
-    """What `ops.logprobs` found, row by row: the chosen token, then the others of the most likely."""
-    entries = []
-    for token, logprob, rank, values, ids in zip(tokens, *(column.tolist() for column in columns), strict=True):
-        ranked = enumerate(zip(ids, values, strict=True), start=1)
-        rest = [Logprob(other, value, place) for place, (other, value) in ranked if other != token]
-        entries.append([Logprob(token, logprob, rank), *rest])
-    return entries
+def _draw_on_gpu(logits: Tensor, limits: list[Tensor], words: Tensor, filtered: bool) -> Tensor:
+    from embedllm_kernels.triton.sampling import sample
 
-
-def _no_choice(best: float) -> str:
-    if best == -math.inf:
-        return (
-            "no token may be chosen: logit_bias, allowed_token_ids, bad_words, min_tokens and logits_processor "
-            "together forbid every id; allow at least one"
-        )
-    return f"the logits to sample from are not finite after logits_processor: the largest is {best}"
+    temperature, top_k, top_p, min_p = limits
+    ids, _ = sample(logits, temperature.float(), top_k.int(), top_p.float(), min_p.float(), words, filtered=filtered)
+    return ids
 
 
 class _Row:
@@ -269,7 +225,6 @@ class _Row:
         self.tokens = tokens
         self.num_prompt = num_prompt
         self.draws = params.temperature > 0
-        self.filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self._stream = ops.fold(ops.fold(ops.fold(0, seed), sample_index), DRAW)
         factors = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self.penalties = torch.tensor([factors], dtype=torch.float32)

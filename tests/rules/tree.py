@@ -16,8 +16,21 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("errors", "params", "config", "outputs", "sequence", "plan_types", "events", "request"),
     2: ("blocks", "scheduler", "invariants"),
-    3: ("ops", "quant", "batch", "layers", "models", "loader", "kv_cache", "process", "machine", "openmp", "gpu"),
-    4: ("sampler", "speculative", "structured", "graphs", "runner"),
+    3: (
+        "ops",
+        "quant",
+        "batch",
+        "layers",
+        "models",
+        "loader",
+        "kv_cache",
+        "process",
+        "machine",
+        "openmp",
+        "gpu",
+        "transfer",
+    ),
+    4: ("sampler", "choice", "speculative", "structured", "graphs", "runner"),
     5: (
         "engine",
         "faults",
