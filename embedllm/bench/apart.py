@@ -28,6 +28,7 @@ class Recipe:
     model: str | None
     box: str
     dtype: str
+    device: str
     longest: int
     threads: int
     scratch: str
@@ -38,7 +39,7 @@ class Recipe:
 
         torch.set_num_threads(self.threads)
         if self.name == "embedllm":
-            return Embedllm(self.model, self.dtype, self.longest)
+            return Embedllm(self.model, self.dtype, self.longest, self.device)
         source = self.model or self.box
         if self.name == "llama.cpp":
             from embedllm.bench.llama_cpp import LlamaCpp
@@ -46,7 +47,7 @@ class Recipe:
             return LlamaCpp(Path(source), Path(self.scratch), self.dtype, self.longest, self.threads)
         from embedllm.bench.peers import HFContinuous, HFGenerate, load_transformers
 
-        model = load_transformers(source, self.dtype)
+        model = load_transformers(source, self.dtype, self.device)
         if self.name == "hf-cb":
             return HFContinuous(model, self.longest)
         return HFGenerate(model, batch=1 if self.name == "hf" else 32)

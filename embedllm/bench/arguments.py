@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 
 WORKLOADS = ("mixed", "single", "shared-prefix", "nano")
-PROBES = ("overhead", "waste")
+PROBES = ("overhead", "waste", "gpu")
 PEERS = ("hf", "hf-batch", "hf-cb", "llama.cpp")
 
 DESCRIPTION = """\
 Runs fixed, seeded work and prints what it took. Workloads: mixed (32 requests, prompts of 16 to 128 tokens, outputs of
 8 to 64), single (one request), shared-prefix (64 questions after one system prompt of 512 tokens), nano (the nano-vllm
 workload: 256 requests, 100 to 1,024 tokens in and out). Probes of the engine alone: overhead (CPU time of a step
-outside the model), waste (KV memory on chat-like lengths). Default: mixed.
+outside the model), waste (KV memory on chat-like lengths). gpu: what a CUDA card reaches, beside its own copy bandwidth
+and matrix rate. Default: mixed.
 
 Peers run on the same weights, token ids and output lengths, each in a process of its own, taking turns round by round:
   hf         transformers generate(), one prompt after another
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--shape", metavar="NAME", help="random weights of a known shape, such as qwen2-0.5b")
     parser.add_argument("--against", default="", metavar="PEERS", help=f"comma-separated: {', '.join(PEERS)}")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: bfloat16")
+    parser.add_argument("--device", default="cpu", metavar="D", help="where everybody computes: cpu (default) or cuda")
     parser.add_argument("--rounds", type=_positive_int, default=3, metavar="N", help="timed rounds; default 3")
     parser.add_argument("--threads", type=_positive_int, metavar="N", help="CPU threads of everybody; default: torch's")
     parser.add_argument("--scale", type=_positive, default=1.0, metavar="X", help="take this share of the requests")

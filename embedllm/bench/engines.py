@@ -17,6 +17,12 @@ from embedllm.bench.workloads import Job, Workload
 WARM_UP = (Job(tuple(range(10, 90)), 4), Job(tuple(range(20, 60)), 4))
 MAX_SEQS = 64  # sequences anybody runs at once
 MAX_BATCH_TOKENS = 512  # tokens of one step, for everybody whose steps can be bounded
+LARGE_SEQS, LARGE_BATCH_TOKENS = 256, 8_192  # the same on a GPU
+
+
+def sizes(device: str) -> tuple[int, int]:
+    """Sequences at once, and tokens of a step."""
+    return (MAX_SEQS, MAX_BATCH_TOKENS) if device == "cpu" else (LARGE_SEQS, LARGE_BATCH_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,16 @@ class Embedllm(Engine):
 
     name = "embedllm"
 
-    def __init__(self, model: str | Path | None, dtype: str, longest: int) -> None:
+    def __init__(self, model: str | Path | None, dtype: str, longest: int, device: str = "cpu") -> None:
         self.version = embedllm.__version__
+        max_num_seqs, max_batch_tokens = sizes(device)
         self.llm = embedllm.LLM(
             model,
             dtype=dtype,
             max_model_len=longest,
-            max_num_seqs=MAX_SEQS,
-            max_batch_tokens=MAX_BATCH_TOKENS,
+            device=device,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
             tokenizer=None,
             progress=False,
         )

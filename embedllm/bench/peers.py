@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from embedllm.bench.engines import MAX_BATCH_TOKENS, MAX_SEQS, WARM_UP, Engine, Run
+from embedllm.bench.engines import WARM_UP, Engine, Run, sizes
 from embedllm.bench.workloads import Workload
 from embedllm.errors import MissingDependency
 
 PAGE = 16
 
 
-def load_transformers(folder: str | Path, dtype: str) -> Any:
+def load_transformers(folder: str | Path, dtype: str, device: str = "cpu") -> Any:
     """The model of the transformers peers: one copy for all of them."""
     try:
         import torch
@@ -29,6 +29,7 @@ def load_transformers(folder: str | Path, dtype: str) -> Any:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model = model.to(device)  # type: ignore[arg-type]
     model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
     model.train(False)
     return model
@@ -65,8 +66,8 @@ class HFGenerate(Engine):
         sampling = {"do_sample": True, "temperature": work.temperature} if work.temperature else {"do_sample": False}
         with torch.inference_mode():
             out = self._model.generate(
-                ids,
-                attention_mask=mask,
+                ids.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
                 max_new_tokens=count,
                 min_new_tokens=count,
                 pad_token_id=0,
@@ -87,7 +88,8 @@ class HFContinuous(Engine):
     def __init__(self, model: Any, longest: int) -> None:
         self.version = importlib.metadata.version("transformers")
         self._model = model
-        self._num_blocks = (MAX_SEQS + 1) * -(-longest // PAGE)
+        max_num_seqs, self._max_batch_tokens = sizes(model.device.type)
+        self._num_blocks = (max_num_seqs + 1) * -(-longest // PAGE)
 
     def run(self, work: Workload) -> Run:
         from transformers import GenerationConfig
@@ -97,7 +99,10 @@ class HFContinuous(Engine):
         # -1 is no token's id: only the length ends a request
         generation = GenerationConfig(eos_token_id=-1, pad_token_id=0, **sampling)  # type: ignore[no-untyped-call]
         batching = ContinuousBatchingConfig(
-            num_blocks=self._num_blocks, page_size=PAGE, max_batch_tokens=MAX_BATCH_TOKENS, auto_switch_to_flash=False
+            num_blocks=self._num_blocks,
+            page_size=PAGE,
+            max_batch_tokens=self._max_batch_tokens,
+            auto_switch_to_flash=False,
         )
         context = self._model.continuous_batching_context_manager(
             generation_config=generation, continuous_batching_config=batching, warmup=True

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import embedllm
 from embedllm.bench.apart import Apart, Recipe
@@ -60,17 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _probe(name: str, say: Say) -> dict[str, Any]:
-    if name == "overhead":
-        from embedllm.bench import overhead
-
-        figures = overhead.measure()
-        say(figures.table())
-        return figures.as_json()
-    from embedllm.bench import waste
-
-    found = waste.measure()
+    probe = importlib.import_module(f"embedllm.bench.{name}")
+    found = probe.measure()
     say(found.table())
-    return found.as_json()
+    return cast("dict[str, Any]", found.as_json())
 
 
 def compare(args: argparse.Namespace, names: list[str], against: list[str], say: Say) -> list[Comparison]:
@@ -119,6 +113,7 @@ def _open(
                 model=None if model is None else str(model),
                 box=str(BOX),
                 dtype=args.dtype,
+                device=args.device,
                 longest=longest,
                 threads=torch.get_num_threads(),
                 scratch=str(scratch),

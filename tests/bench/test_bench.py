@@ -10,11 +10,12 @@ import pytest
 
 import embedllm
 from embedllm import testing
-from embedllm.bench import overhead, waste
+from embedllm.bench import gpu, overhead, waste
 from embedllm.bench.engines import Embedllm, Run
 from embedllm.bench.report import Comparison, Entry
 from embedllm.bench.workloads import WORKLOADS, Job, Workload, workload
 from embedllm.cli import main
+from embedllm.errors import InvalidRequest
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +161,22 @@ def test_an_unknown_shape_or_dtype_is_refused(tmp_path: Path) -> None:
 
 
 # ---- probes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_card_is_measured_beside_itself(model: str) -> None:
+    """The same code on this machine's CPU and a tiny model; what it takes of a card is another matter."""
+    card = gpu.measure("cpu", large=model, small=model, contexts=(16, 48), scale=1 / 256, dtype="float32")
+    assert all(figure.value > 0 for figure in card.figures if "slope" not in figure.name)
+    names = [figure.name for figure in card.figures]
+    assert names[0] == "copy bandwidth" and len(names) == 8
+    assert json.loads(json.dumps(card.as_json()))["probe"] == "gpu"
+    assert "streaming weights and KV" in card.table()
+
+
+def test_without_a_card_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InvalidRequest, match="torch sees none"):
+        gpu.measure()
 
 
 def test_overhead_measures_the_engine_and_not_the_model() -> None:

@@ -1,0 +1,94 @@
+"""The engine on a card: transformers' tokens, requests that end, memory that comes back."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import embedllm
+from embedllm.errors import OutOfMemory
+from tests.engine import tiny_models
+from tests.engine.equality import draw, judge
+
+pytestmark = pytest.mark.gpu
+OPTIONS = {"device": "cuda", "tokenizer": None, "max_model_len": 128, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def exact() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("name", list(tiny_models.RECIPES))
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_same_tokens_as_transformers(name: str, block_size: int, test_seed: int) -> None:
+    """float32, greedy; many at once, in chunks, with shared prefixes, and a pool so tight that some are preempted."""
+    rng = random.Random(test_seed)
+    shared = draw(rng, 17)
+    prompts = [draw(rng, 5 + number) for number in range(8)] + [shared + draw(rng, 3 + number) for number in range(8)]
+    params = embedllm.SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    tight = max(2 * -(-48 // block_size), 12)
+    for options in ({"num_kv_blocks": 512}, {"num_kv_blocks": tight, "max_batch_tokens": 32, "max_num_seqs": 8}):
+        with embedllm.LLM(
+            tiny_models.folder(name), dtype="float32", block_size=block_size, **OPTIONS, **options
+        ) as llm:
+            answers = [completion.tokens for completion in llm.generate(prompts, params)]
+            stats = llm.stats()
+        verdict = judge(name, prompts, answers, 24)
+        assert not verdict.wrong, verdict.wrong
+        assert len(verdict.ties) <= 1
+        assert stats.num_requests_running == 0 and stats.kv_cache_usage == 0.0
+
+
+def test_bfloat16_is_near_what_the_host_computes() -> None:
+    """Log-probabilities of a text, of the model in the box, by the card and by this machine's processor."""
+    text = "def read(self, path):\n    with open(path) as file:\n        return file.read()\n"
+    found = []
+    for device in ("cuda", "cpu"):
+        with embedllm.LLM(device=device, dtype="bfloat16" if device == "cuda" else "float32", progress=False) as llm:
+            entries = llm.generate(text, max_tokens=1, prompt_logprobs=0).prompt_logprobs
+            assert entries is not None
+            found.append(torch.tensor([entry[0].logprob for entry in entries[1:] if entry is not None]))
+    assert (found[0] - found[1]).abs().mean() < 0.05
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_runs() -> None:
+    with embedllm.LLM(device="cuda", dtype="float32", progress=False) as llm:
+        alone = llm.generate("for name in ", max_tokens=32, temperature=0.9, top_p=0.95, seed=7).tokens
+        crowd = llm.generate(["for name in "] + ["import "] * 20, max_tokens=32, temperature=0.9, top_p=0.95, seed=7)
+    assert crowd[0].tokens == alone
+
+
+def test_leaving_a_stream_ends_its_request() -> None:
+    with embedllm.LLM(device="cuda", progress=False) as llm:
+        for _ in llm.stream("class ", max_tokens=1_000, ignore_eos=True):
+            break
+        assert llm.generate("import ", max_tokens=4).tokens
+        assert llm.stats().num_requests_running == 0
+
+
+def test_two_engines_and_all_memory_back() -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    first = embedllm.LLM(device="cuda", kv_cache_memory="64MiB", progress=False)
+    second = embedllm.LLM(device="cuda", kv_cache_memory="32MiB", progress=False)
+    texts = [llm.generate("def add(a, b):", max_tokens=16).text for llm in (first, second)]
+    assert texts[0] == texts[1]
+    first.close()
+    assert second.generate("def add(a, b):", max_tokens=16).text == texts[0]
+    second.close()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_more_than_there_is_is_refused() -> None:
+    with pytest.raises(OutOfMemory, match="are free"):
+        embedllm.LLM(device="cuda", kv_cache_memory="4TiB", progress=False)
+
+
+def test_the_host_programs_stream_and_device_stay_as_they_were() -> None:
+    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
+    with embedllm.LLM(device="cuda", progress=False) as llm:
+        llm.generate("import ", max_tokens=4)
+        assert (torch.cuda.current_device(), torch.cuda.current_stream()) == (device, stream)
