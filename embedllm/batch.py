@@ -30,7 +30,6 @@ class Batch:
     each entry. seq_lens [entries]: tokens of the sequence up to and with this step.
     logit_rows [num_logits]: tokens whose logits are wanted, in the plan's order.
     hidden_rows: tokens of the entries that asked for prompt_logprobs, in the plan's order; None where none did.
-    copies: (source, destination) blocks, to run before any KV is written.
     starts, lengths: query_starts and seq_lens as ints.
     """
 
@@ -43,7 +42,6 @@ class Batch:
     seq_lens: Tensor
     logit_rows: Tensor
     hidden_rows: Tensor | None
-    copies: list[tuple[int, int]]
     starts: list[int]
     lengths: list[int]
     num_tokens: int
@@ -110,7 +108,6 @@ def build(plan: Plan, block_size: int, device: str | torch.device = "cpu", last_
         seq_lens=parts[5],
         logit_rows=parts[6],
         hidden_rows=parts[7] if hidden else None,
-        copies=plan.copies,
         starts=views[4].tolist(),
         lengths=views[5].tolist(),
         num_tokens=num_tokens,

@@ -147,6 +147,7 @@ def _from_object(model: Any, options: Options) -> Core:
 
 
 def _from_files(model: Any, options: Options) -> Core:
+    from embedllm.graphs import CUDAGraphs
     from embedllm.kv_cache import KVCache, free_on
     from embedllm.models import hub
     from embedllm.models.load import load
@@ -170,6 +171,9 @@ def _from_files(model: Any, options: Options) -> Core:
     kv = KVCache(loaded.kv_group, limits.num_blocks, limits.block_size, device)
     if device.type == "cpu":
         release_pool()  # the engine computes on its own thread from here on
+    runner = Runner(loaded, kv, limits.max_num_seqs)
+    if device.type == "cuda" and loaded.native:
+        runner.capture(CUDAGraphs())
     note = loaded.note  # the function below must not hold the weights
     sizes = {
         "weights": loaded.num_bytes,
@@ -193,7 +197,7 @@ def _from_files(model: Any, options: Options) -> Core:
         tokenizer=tokenizer,
         defaults=snapshot.defaults(),
         eos_ids=snapshot.eos_ids,
-        runner=Runner(loaded, kv, limits.max_num_seqs),
+        runner=runner,
         pace=Pace(STEP_SECONDS, limits.max_num_seqs, limits.max_batch_tokens) if paced else None,
         memory=lambda: Memory(**sizes, free=free_on(device), note=note),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from embedllm.errors import InvalidRequest, OutOfMemory
 from embedllm.machine import free_memory
+from embedllm.transfer import upload
 
 MAX_SLOTS = 2**31 - 1  # slots travel as int32
 GPU_MARGIN = 512 * 2**20  # bytes for what CUDA, cuBLAS and captured graphs take beside the tensors
@@ -97,8 +98,8 @@ class KVCache:
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Every layer of (source, destination) blocks; all sources are read before any destination is written."""
         if copies:
-            source, destination = torch.tensor(copies, dtype=torch.int64, device=self.blocks.device).unbind(1)
-            self.blocks.index_copy_(0, destination, self.blocks.index_select(0, source))
+            pairs = upload(torch.tensor(copies, dtype=torch.int64), self.blocks.device)
+            self.blocks.index_copy_(0, pairs[:, 1], self.blocks.index_select(0, pairs[:, 0]))
 
     def free(self) -> None:
         """Give the memory back. Idempotent; a use after it fails on an index."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embedllm.batch import Batch, build
 from embedllm.errors import EngineClosed
+from embedllm.graphs import DecodeGraphs, Graph
 from embedllm.kv_cache import KVCache
 from embedllm.openmp import Team
 from embedllm.plan_types import Plan
@@ -37,7 +38,8 @@ class Model(Protocol):
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
     """logits float32 [num_logits, vocabulary], the plan's logit positions in the plan's order; the caller may write to
-    them. hidden [rows, hidden]: every token of the entries with prompt_logprobs, in the plan's order, None if none.
+    them until the next step. hidden [rows, hidden]: every token of the entries with prompt_logprobs, in the plan's
+    order, None if none.
     """
 
     logits: Tensor
@@ -58,6 +60,11 @@ class Runner:
         self._has_entered = False
         self.depth = depth or (1 if self._device.type == "cpu" else 2)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)  # of each row
+        self._graphs: DecodeGraphs | None = None
+
+    def capture(self, capture: Callable[[Callable[[], None]], Graph]) -> None:
+        """From now on, capture decoding steps and replay them. See DecodeGraphs."""
+        self._graphs = DecodeGraphs(capture, self._open(), self._kv, self._last_tokens)
 
     @property
     def kv_cache(self) -> KVCache:
@@ -70,9 +77,15 @@ class Runner:
             self._team.gather()
         elif not self._has_entered:
             self._enter()
+        self._kv.copy_blocks(plan.copies)
+        if self._graphs is not None:
+            if between_layers is not None:
+                between_layers()
+            logits = self._graphs.run(plan)
+            if logits is not None:
+                return ModelOutput(logits, None)
         with torch.inference_mode():
             batch = build(plan, self._kv.block_size, self._device, self._last_tokens)
-            self._kv.copy_blocks(batch.copies)
             hidden = model.forward(batch, self._kv, between_layers)
             asked = None if batch.hidden_rows is None else hidden.index_select(0, batch.hidden_rows)
             last = hidden.index_select(0, batch.logit_rows)
@@ -102,6 +115,9 @@ class Runner:
     def close(self) -> None:
         """Drop the model and give the cache's memory back. Idempotent."""
         self._model = None
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._graphs = None
         self._kv.free()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -69,6 +69,24 @@ def test_leaving_a_stream_ends_its_request() -> None:
         assert llm.stats().num_requests_running == 0
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "qwen3_moe"])
+def test_captured_steps_give_the_same_tokens(name: str, test_seed: int) -> None:
+    rng = random.Random(test_seed)
+    prompts = [draw(rng, 5 + number) for number in range(11)]
+    params = embedllm.SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    answers = []
+    for captured in (True, False):
+        with embedllm.LLM(tiny_models.folder(name), dtype="float32", num_kv_blocks=512, **OPTIONS) as llm:
+            assert llm._core is not None
+            runner = llm._core.worker._engine._run
+            if not captured:
+                runner._graphs = None  # type: ignore[attr-defined]
+            answers.append([completion.tokens for completion in llm.generate(prompts, params)])
+            if captured:
+                assert len(runner._graphs) > 0  # type: ignore[attr-defined]
+    assert answers[0] == answers[1]
+
+
 def test_two_engines_and_all_memory_back() -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
