@@ -267,7 +267,7 @@ def choose_device(device: str) -> torch.device:
     import torch
 
     if device == "auto":
-        return torch.device("cpu")  # until the kernels have run on a card: docs/decisions/0012
+        return torch.device("cpu")  # until the kernels have run on a card: docs/decisions/0013
     try:
         known = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -44,7 +44,7 @@ class LLM:
     """A model with its engine, in this process.
 
     model: None for the model in the box, a folder, a Hugging Face Hub id, or an object from `embedllm.testing`.
-    dtype: "auto", "float32", "bfloat16", "float16". device: "auto" or "cpu".
+    dtype: "auto", "float32", "bfloat16", "float16". device: "auto" (the CPU), "cpu", "cuda", "cuda:1".
     kv_cache_memory: "auto", bytes, "4GiB", or a float in (0, 1) of the memory that is free; num_kv_blocks overrides it.
     block_size: tokens per KV block. max_model_len: longest prompt plus output.
     max_num_seqs: most sequences running at once. max_batch_tokens: most tokens per step; "auto" on a CPU learns,
