@@ -59,7 +59,7 @@ test-gpu: ## run the tests that need a CUDA device
 		python=$(PY); \
 		$$python -c "$$reaches_gpu" || { echo "make test-gpu: torch sees no CUDA device here" >&2; exit 1; }; \
 	fi; \
-	PYTHONPATH=.:kernels:integrations $$python -m pytest -m "gpu and not soak" $(ARGS)
+	EMBEDLLM_TEST_GPU=1 PYTHONPATH=.:kernels:integrations $$python -m pytest -m "gpu and not soak" $(ARGS)
 
 clean: ## remove the environment, caches and builds
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

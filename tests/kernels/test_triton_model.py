@@ -22,10 +22,7 @@ from embedllm.runner import Runner
 from embedllm.sampler import Sampler
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run, in tests/gpu"),
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
 SMALL = {
     "vocab_size": 61,
