@@ -7,12 +7,15 @@ import. Invariant: calling any of them twice changes nothing more, and nobody el
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from embedllm.errors import EngineError
 
 ATTENTION = "embedllm"
+SWITCH_INTERVAL = 2e-4  # seconds; Python's own is 5e-3
 
 
 def register_attention(function: Callable[..., Any]) -> str:
@@ -44,3 +47,55 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class Haste:
+    """While it is on, Python threads that want the interpreter get it after SWITCH_INTERVAL.
+
+    A step is hundreds of calls that each give the interpreter up and want it back. Beside a thread that computes in
+    Python, each would wait for 5 ms: docs/decisions/0014. One per engine thread; the interval goes back when the last
+    is off, unless somebody else has changed it meanwhile.
+    """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _num_on: ClassVar[int] = 0
+    _before: ClassVar[float] = 0.0
+    _ours: ClassVar[float] = 0.0  # as Python tells it back
+
+    def __init__(self) -> None:
+        self._is_on = False
+
+    def begin(self) -> None:
+        """Turn it on; nothing if it is."""
+        if self._is_on:
+            return
+        with Haste._lock:
+            self._is_on = True
+            Haste._num_on += 1
+            if Haste._num_on == 1:
+                Haste._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(SWITCH_INTERVAL, Haste._before))
+                Haste._ours = sys.getswitchinterval()
+
+    def end(self) -> None:
+        """Turn it off; nothing if it is."""
+        if not self._is_on:
+            return
+        with Haste._lock:
+            self._is_on = False
+            Haste._num_on -= 1
+            if Haste._num_on == 0:
+                Haste._restore()
+
+    @classmethod
+    def forget(cls) -> None:
+        """In a forked child no engine runs."""
+        cls._lock = threading.Lock()
+        if cls._num_on:
+            cls._num_on = 0
+            cls._restore()
+
+    @classmethod
+    def _restore(cls) -> None:
+        if sys.getswitchinterval() == cls._ours:
+            sys.setswitchinterval(cls._before)

@@ -17,6 +17,8 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
+from embedllm.process import Haste
+
 if TYPE_CHECKING:
     from embedllm.core import Core
     from embedllm.worker import Worker
@@ -131,6 +133,7 @@ def _forget_all() -> None:
     _cores.clear()
     _loading.clear()
     _workers.clear()
+    Haste.forget()
 
 
 if "_registered" not in globals():

@@ -31,6 +31,7 @@ from embedllm.errors import (
 )
 from embedllm.faults import StepStopped, let_go
 from embedllm.outputs import Timing, Usage
+from embedllm.process import Haste
 from embedllm.request import Ended, Request, StepOutput
 from embedllm.watchdog import Watchdog
 
@@ -58,6 +59,7 @@ class Worker:
         self._awake = False  # doing something, so `last_beat` should move
         self._gone = False  # nobody reads the mailbox any more
         self._watchdog = Watchdog(2 * SLICE)
+        self._haste = Haste()
         self._next_sweep = 0.0
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # holds one item once the thread is done
         self._held = [self]  # what the thread runs; taken back where an interrupt leaves it half started
@@ -275,6 +277,7 @@ class Worker:
         except BaseException as fault:  # nobody planned for it
             error = EngineDead(f"the engine failed: {fault!r}")
             error.__cause__ = fault
+        self._haste.end()
         let_go(error)
         if not isinstance(error, EngineClosed):
             log.error("the engine is dead", exc_info=error)
@@ -292,9 +295,11 @@ class Worker:
             if self._stopping:
                 break
             if self._engine.has_work:
+                self._haste.begin()
                 self._step()
                 await asyncio.sleep(0)
             else:
+                self._haste.end()
                 await self._sleep()
         self._read_mailbox()  # what was cancelled before the end is cancelled, not closed
 
