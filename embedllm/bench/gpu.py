@@ -8,6 +8,7 @@ from another run.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ from embedllm.errors import InvalidRequest
 
 LARGE, SMALL = "llama-3.1-8b", "qwen3-0.6b"
 CONTEXTS = (256, 4_096, 16_384)  # tokens before a single sequence decodes
+ATTENTION = ((1, 16_384), (16, 4_096), (64, 1_024), (128, 1_024), (128, 4_096))  # (sequences, tokens of each)
 COPY_BYTES, MATRIX = 2 * 2**30, 8_192
 
 
@@ -81,10 +83,14 @@ def measure(
     bandwidth, rate = _copy_bandwidth(device, scale), _matrix_rate(device, dtype, scale)
     card.add("copy bandwidth", bandwidth / 1e9, "GB/s", "read and written bytes")
     card.add(f"matrix rate, {dtype}", rate / 1e12, "TFLOP/s", f"{int(MATRIX * scale**0.5)} cubed")
+    if device != "cpu":
+        _attention(card, bandwidth)
     with tempfile.TemporaryDirectory(prefix="embedllm-bench-") as scratch:
         folder = _weights(Path(scratch) / "large", large, dtype)
         with _opened(folder, device, dtype, max(contexts) + 300) as llm:
             _decode_alone(card, llm, large, contexts, bandwidth)
+            if device != "cpu":
+                _idle(card, llm, large)
             _together(card, llm, f"{large}: decode 128 × (32 in, 2,048 out)", (128, 32, 2_048), scale)
             _together(card, llm, f"{large}: prefill 32 × 4,096", (32, 4_096, 1), scale, of_prompt=True)
         folder = _weights(Path(scratch) / "small", small, dtype)
@@ -132,6 +138,62 @@ def _matrix_rate(device: str, dtype: str, scale: float) -> float:
     size = int(MATRIX * scale**0.5)
     a = torch.randn(size, size, dtype=getattr(torch, dtype), device=device)
     return 2 * size**3 / _seconds(lambda: a @ a, device)
+
+
+def _often(call: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        call()
+
+
+def _attention(card: Card, bandwidth: float) -> None:
+    """The decode form of paged attention by itself: keys and values read per second, for 32 heads over 8 of 128."""
+    import torch
+
+    from embedllm_kernels.triton.attention import paged_attention
+
+    heads, kv_heads, dim, block, calls = 32, 8, 128, 16, 20
+    for batch, context in ATTENTION:
+        blocks = -(-context // block)
+        cache = torch.randn(batch * blocks, block, 2 * kv_heads * dim, dtype=torch.bfloat16, device="cuda")
+        q = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
+        tables = torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks)
+        starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        attend = functools.partial(
+            paged_attention,
+            *(q, cache, tables, starts, lengths),
+            num_kv_heads=kv_heads,
+            scale=dim**-0.5,
+            max_query_len=1,
+            max_seq_len=context,
+        )
+        seconds = _seconds(functools.partial(_often, attend, calls), "cuda") / calls
+        rate = cache.nbytes / seconds
+        name = f"attention, {batch} × {context:,} tokens"
+        card.add(name, rate / 1e9, "GB/s", f"{rate / bandwidth:.0%} of copy bandwidth, {seconds * 1e6:.0f} µs")
+
+
+def _idle(card: Card, llm: embedllm.LLM, shape: str) -> None:
+    """Share of the time between the first and the last kernel of decoding in which the card does nothing."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    prompt = _ids(Random(2), llm, 64)
+    llm.generate(prompt, _exactly(16))
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        llm.generate(prompt, _exactly(64))
+        torch.cuda.synchronize()
+    events = [event for event in found.events() or [] if "CUDA" in str(event.device_type)]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in events)[
+        len(events) // 4 :
+    ]  # past the prompt
+    if not spans:
+        return
+    busy, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    card.add(f"{shape}: idle while decoding", 100 * (1 - busy / (end - spans[0][0])), "%", "goal below 3")
 
 
 def _ids(rng: Random, llm: embedllm.LLM, count: int) -> list[int]:
