@@ -48,39 +48,31 @@ class Flight(Generic[R]):
         False after a failure: those launched before it were read, the others rolled back.
         """
         if plan is not None:
-            read, error = _try(lambda: self._launch(plan))
-            if read is None:
+            try:
+                self._steps.append((plan, self._launch(plan)))
+            except StepStopped:
+                raise
+            except BaseException as error:  # SystemExit in a hook is that step's, not the engine's
                 self._rollback(plan)
                 self._blame(error)
                 while self._steps and self._read_oldest():
                     pass
                 return False
-            self._steps.append((plan, read))
             if len(self._steps) < self.depth:
                 return True
         return not self._steps or self._read_oldest()
 
     def _read_oldest(self) -> bool:
         plan, read = self._steps[0]
-        found, error = _try(lambda: [read()])
-        if found is None:
+        try:
+            result = read()
+        except StepStopped:
+            raise
+        except BaseException as error:
             while self._steps:
                 self._rollback(self._steps.pop()[0])
             self._blame(error)
             return False
         self._steps.popleft()
-        self._take(plan, found[0])
+        self._take(plan, result)
         return True
-
-
-T = TypeVar("T")
-
-
-def _try(function: Callable[[], T]) -> tuple[T | None, BaseException]:
-    """The result, or None and the error."""
-    try:
-        return function(), StepStopped()
-    except StepStopped:
-        raise
-    except BaseException as error:  # SystemExit in a hook is that step's, not the engine's
-        return None, error

@@ -35,11 +35,13 @@ class Graph(Protocol):
 
 
 class Model(Protocol):
-    """What is captured. See runner.Model."""
+    """What a step needs of a model: the native decoder and the fallback both have it."""
 
-    def forward(self, batch: Batch, kv: KVCache, between_layers: Callable[[], None] | None = None) -> Tensor: ...
+    def forward(self, batch: Batch, kv: KVCache, between_layers: Callable[[], None] | None = None) -> Tensor:
+        """Write the batch's KV, return hidden states [tokens, hidden]."""
 
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows of hidden states to float32 logits [rows, vocabulary]."""
 
 
 class CUDAGraphs:

@@ -9,30 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from embedllm.batch import Batch, build
+from embedllm.batch import build
 from embedllm.errors import EngineClosed
-from embedllm.graphs import DecodeGraphs, Graph
+from embedllm.graphs import DecodeGraphs, Graph, Model
 from embedllm.kv_cache import KVCache
 from embedllm.openmp import Team
 from embedllm.plan_types import Plan
 from embedllm.transfer import upload
 
 LOGIT_ROWS = 16  # of one slice of prompt logprobs: 16 rows of 151,936 logits are 10 MB
-
-
-class Model(Protocol):
-    """What a runner needs of a model: the native decoder and the fallback both have it."""
-
-    def forward(self, batch: Batch, kv: KVCache, between_layers: Callable[[], None] | None = None) -> Tensor:
-        """Write the batch's KV, return hidden states [tokens, hidden]."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Rows of hidden states to float32 logits [rows, vocabulary]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +41,13 @@ class Runner:
     depth: how many steps may be in flight; on a GPU one is launched while the one before it runs.
     """
 
-    def __init__(self, model: Model, kv_cache: KVCache, max_num_seqs: int, depth: int | None = None) -> None:
+    def __init__(self, model: Model, kv_cache: KVCache, max_num_seqs: int) -> None:
         self._model: Model | None = model
         self._kv = kv_cache
         self._device = kv_cache.blocks.device
         self._team = Team() if self._device.type == "cpu" else None
         self._has_entered = False
-        self.depth = depth or (1 if self._device.type == "cpu" else 2)
+        self.depth = 1 if self._device.type == "cpu" else 2
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)  # of each row
         self._graphs: DecodeGraphs | None = None
 

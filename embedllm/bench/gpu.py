@@ -73,7 +73,7 @@ def measure(
     scale: float = 1.0,
     dtype: str = "bfloat16",
 ) -> Card:
-    """Everything, in about eight minutes on an H100. scale: the share of the requests that is taken."""
+    """Everything; meant to take eight minutes at most on an H100. scale: the share of the requests that is taken."""
     import torch
 
     if device != "cpu" and not torch.cuda.is_available():
