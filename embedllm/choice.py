@@ -7,7 +7,7 @@ that failed fails alone, and its token is -1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -25,6 +25,14 @@ class Sampled:
     logprobs: list[TokenLogprobs | None]
     failures: dict[int, Exception] = field(default_factory=dict)
 
+    def put(self, rows: list[int], others: Sampled) -> None:
+        """Take these rows from `others`, which has nothing else."""
+        for place, i in enumerate(rows):
+            self.tokens[i], self.logprobs[i] = others.tokens[place], others.logprobs[place]
+            self.failures.pop(i, None)
+            if place in others.failures:
+                self.failures[i] = others.failures[place]
+
 
 class Choice:
     """Tokens that were chosen where the logits are. `ids` int64 [n], there; `read` brings them to the host."""
@@ -35,6 +43,7 @@ class Choice:
         self.edited: tuple[list[int], Tensor] = ([], best)  # the same after edits, and of which rows
         self.failures: dict[int, Exception] = {}
         self.logprobs: list[tuple[list[int], tuple[Tensor, ...]]] = []  # rows, and what `ops.logprobs` says of them
+        self.late: tuple[list[int], Callable[[], Sampled]] | None = None  # rows that are chosen when this is read
         self._download: Download | None = None
 
     def send(self) -> Choice:
@@ -63,7 +72,10 @@ class Choice:
                 logprobs[i] = None if i in failures else entry
         for i in failures:
             tokens[i] = -1
-        return Sampled(tokens, logprobs, failures)
+        sampled = Sampled(tokens, logprobs, failures)
+        if self.late is not None:
+            sampled.put(self.late[0], self.late[1]())
+        return sampled
 
 
 def entries_of(tokens: Sequence[int], columns: Iterable[Tensor]) -> list[TokenLogprobs]:

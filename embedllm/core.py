@@ -90,6 +90,7 @@ class Core:
             pace=pace,
             depth=getattr(runner, "depth", 1),
             remember=getattr(runner, "remember", None),
+            device=getattr(runner, "device", "cpu"),
             debug=bool(os.environ.get("EMBEDLLM_CHECK")),
         )
         # The LLMs that share it, each with the notebook cell and the run of it that made it.

@@ -50,9 +50,10 @@ class Engine:
 
     `run(plan, between_layers)` gives a ModelOutput. `tokenizer` may be None: text is then empty. `debug` recounts
     everything after each step. `depth`: steps in flight at most; above 1 the next one is launched before the last one
-    is read, and `run` knows the ids that `remember(rows, ids)` was told. Another thread may read `last_beat`, the
-    monotonic time of the latest sign of life, set `stop_asked`, which ends a step between two layers, and add the ids
-    of requests to `cancel_asked`, which ends one that nobody else is part of; the request is ended by `cancel`.
+    is read, and `run` knows the ids that `remember(rows, ids)` was told. device: of the logits. Another thread may read
+    `last_beat`, the monotonic time of the latest sign of life, set `stop_asked`, which ends a step between two layers,
+    and add the ids of requests to `cancel_asked`, which ends one that nobody else is part of; the request is ended by
+    `cancel`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
         pace: Pace | None = None,
         depth: int = 1,
         remember: Callable[[list[int], Any], None] | None = None,
+        device: Any = "cpu",
         debug: bool = False,
     ) -> None:
         self.limits = limits
@@ -79,7 +81,7 @@ class Engine:
         self._run = run
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
-        self._readout = Readout(limits, self._eos_ids, logits_of, remember if depth > 1 else None)
+        self._readout = Readout(limits, self._eos_ids, logits_of, remember if depth > 1 else None, device)
         self._flight = Flight(depth, self._launch, self._commit, lambda p: self.scheduler.rollback(p), self._note_fault)
         self._close = close
         self._clock = clock
@@ -117,7 +119,8 @@ class Engine:
             if len(self._live) > self.limits.max_queued + self.limits.max_num_seqs:
                 raise QueueFull(f"{self.limits.max_queued} requests wait already; wait for some to finish")
             self.limits.check_fits(len(request.prompt), request.max_tokens, self.scheduler.num_pinned)
-            live.add_samples(self._ids, self._eos_ids, self._tokenizer)
+            stepwise = self._readout.is_stepwise(request.params)
+            live.add_samples(self._ids, self._eos_ids, self._tokenizer, stepwise)
             if request.params.deadline is not None:
                 self._deadlines.add(request.submitted + request.params.deadline, request.id)
         except Exception as error:

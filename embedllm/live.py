@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from embedllm.detokenizer import Detokenizer
 from embedllm.outputs import Timing, TokenLogprobs, Usage
-from embedllm.params import SamplingParams
 from embedllm.request import Request
 from embedllm.sequence import Sequence
 from embedllm.tokenizer import TokenizerProtocol
@@ -40,7 +39,9 @@ class Live:
     num_output: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
-    def add_samples(self, ids: Iterator[int], eos_ids: frozenset[int], tokenizer: TokenizerProtocol | None) -> None:
+    def add_samples(
+        self, ids: Iterator[int], eos_ids: frozenset[int], tokenizer: TokenizerProtocol | None, is_stepwise: bool
+    ) -> None:
         """Make a sequence with its text for each sample asked for. `ids` names the sequences."""
         request, params = self.request, self.request.params
         for index in range(params.n):
@@ -53,7 +54,7 @@ class Live:
                 priority=params.priority,
                 salt=params.cache_salt,
                 prompt_logprobs=params.prompt_logprobs is not None and index == 0,
-                is_stepwise=_is_stepwise(params),
+                is_stepwise=is_stepwise,
             )
             detokenizer = Detokenizer(tokenizer, request.prompt, params)
             self.samples.append(Sample(self, index, sequence, detokenizer))
@@ -67,9 +68,3 @@ class Live:
         start = self.request.submitted
         first = self.first_token or now
         return Timing(queue=(self.scheduled or now) - start, ttft=first - start, decode=now - first, total=now - start)
-
-
-def _is_stepwise(params: SamplingParams) -> bool:
-    """Whether each token depends on the ids before it by more than the model's logits: they must be known first."""
-    penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-    return penalties != (1.0, 0.0, 0.0) or bool(params.bad_words) or params.logits_processor is not None

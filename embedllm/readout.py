@@ -6,11 +6,12 @@ cannot be read fails alone; what it costs the others is nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedllm.choice import Sampled
+from embedllm.choice import Choice, Sampled
 from embedllm.config import Limits
 from embedllm.live import Sample
 from embedllm.outputs import TokenLogprobs
@@ -31,7 +32,7 @@ class Reading:
 class Readout:
     """Reads model outputs. `logits_of(hidden)` yields logits of rows of hidden states, some rows at a time.
 
-    `remember(rows, ids)` is told which ids were chosen for which rows, before the host knows them.
+    `remember(rows, ids)` is told which ids were chosen for which rows, before the host knows them. device: of logits.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Readout:
         eos_ids: Iterable[int],
         logits_of: Callable[..., Any] | None,
         remember: Callable[[list[int], Any], None] | None = None,
+        device: Any = "cpu",
     ) -> None:
-        self._sampler = Sampler(limits.max_num_seqs, limits.vocab_size)
+        self._sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device)
+        self.is_stepwise = self._sampler.is_stepwise
         self._eos_ids = tuple(eos_ids)
         self._logits_of = logits_of
         self._remember = remember
@@ -55,23 +58,38 @@ class Readout:
     def launch(self, plan: Plan, output: ModelOutput, samples: Mapping[int, Sample]) -> Callable[[], Reading]:
         """The same without waiting for the device; what is returned waits."""
         entries = [entry for entry in plan.entries if entry.num_logits]
-        for entry in entries:
-            self._bind(entry, samples[entry.sequence_id])
         choice = None
         if entries:
-            rows = [entry.row for entry in entries]
-            choice = self._sampler.launch(output.logits, rows, [entry.start + entry.num_tokens for entry in entries])
-            if self._remember is not None:
-                self._remember(rows, choice.ids)
+            with self._bound_anew_after_errors():
+                choice = self._choose(entries, output, samples)
         hidden = output.hidden
 
         def read() -> Reading:
-            reading = self._read(plan, entries, choice.read()) if choice is not None else _nothing(plan)
+            with self._bound_anew_after_errors():
+                reading = self._read(plan, entries, choice.read()) if choice is not None else _nothing(plan)
             if hidden is not None:
                 self._read_prompts(plan, hidden, samples, reading)
             return reading
 
         return read
+
+    def _choose(self, entries: list[Entry], output: ModelOutput, samples: Mapping[int, Sample]) -> Choice:
+        for entry in entries:
+            self._bind(entry, samples[entry.sequence_id])
+        rows = [entry.row for entry in entries]
+        choice = self._sampler.launch(output.logits, rows, [entry.start + entry.num_tokens for entry in entries])
+        if self._remember is not None:
+            self._remember(rows, choice.ids)
+        return choice
+
+    @contextlib.contextmanager
+    def _bound_anew_after_errors(self) -> Iterator[None]:
+        """A step that fails is run again, with those after it: what the sampler counted of them is forgotten."""
+        try:
+            yield
+        except BaseException:
+            self._bound = [None] * len(self._bound)
+            raise
 
     def _read(self, plan: Plan, entries: list[Entry], result: Sampled) -> Reading:
         tokens = iter(result.tokens)

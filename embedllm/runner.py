@@ -44,11 +44,11 @@ class Runner:
     def __init__(self, model: Model, kv_cache: KVCache, max_num_seqs: int) -> None:
         self._model: Model | None = model
         self._kv = kv_cache
-        self._device = kv_cache.blocks.device
-        self._team = Team() if self._device.type == "cpu" else None
+        self.device = kv_cache.blocks.device
+        self._team = Team() if self.device.type == "cpu" else None
         self._has_entered = False
-        self.depth = 1 if self._device.type == "cpu" else 2
-        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)  # of each row
+        self.depth = 1 if self.device.type == "cpu" else 2
+        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=self.device)  # of each row
         self._graphs: DecodeGraphs | None = None
 
     def capture(self, capture: Callable[[Callable[[], None]], Graph]) -> None:
@@ -74,7 +74,7 @@ class Runner:
             if logits is not None:
                 return ModelOutput(logits, None)
         with torch.inference_mode():
-            batch = build(plan, self._kv.block_size, self._device, self._last_tokens)
+            batch = build(plan, self._kv.block_size, self.device, self._last_tokens)
             hidden = model.forward(batch, self._kv, between_layers)
             asked = None if batch.hidden_rows is None else hidden.index_select(0, batch.hidden_rows)
             last = hidden.index_select(0, batch.logit_rows)
@@ -83,7 +83,7 @@ class Runner:
 
     def remember(self, rows: list[int], ids: Tensor) -> None:
         """Keep the ids [n] chosen for these rows on the device: the next step may be launched before they are read."""
-        where = upload(torch.tensor(rows, dtype=torch.int64), self._device)
+        where = upload(torch.tensor(rows, dtype=torch.int64), self.device)
         self._last_tokens.index_copy_(0, where, ids.to(torch.int32))
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:
@@ -96,7 +96,7 @@ class Runner:
 
     def _enter(self) -> None:
         """The thread that runs steps gets the device and a stream of its own; other threads keep theirs."""
-        torch.cuda.set_device(self._device)
+        torch.cuda.set_device(self.device)
         torch.cuda.synchronize()  # the weights, which another thread's stream has put there
         torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         self._has_entered = True
@@ -108,7 +108,7 @@ class Runner:
             self._graphs.clear()
         self._graphs = None
         self._kv.free()
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _open(self) -> Model:

@@ -1,35 +1,28 @@
 """Logits in, one token per row out: every option of SamplingParams that changes which token is chosen.
 
 Owns the per-row sampling state (parameters, penalty counts, draw keys), which changes only when a row is bound or its
-sequence grows. Knows nothing of scheduling, blocks or text. Order: repetition, frequency and presence penalties,
-logit_bias, allowed_token_ids, bad_words, min_tokens, logits_processor, temperature, top_k, top_p, min_p.
-Invariant: a token depends on its own row, its own sequence and its own key only; a row that fails fails alone.
+sequence grows. Knows nothing of scheduling, blocks or text. Order: what `edits` lists, then temperature, top_k, top_p,
+min_p. Invariant: a token depends on its own row, its own sequence and its own key only; a row that fails fails alone.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from embedllm.choice import Choice, Sampled, entries_of
+from embedllm.edits import DeviceEditor, Edit, Editor, HostEditor, penalties_of
 from embedllm.errors import RequestFailed
 from embedllm.ops import on_gpu
 from embedllm.outputs import Logprob, TokenLogprobs
 from embedllm.params import SamplingParams
-from embedllm.transfer import upload
+from embedllm.transfer import Download, upload
 from embedllm_kernels import sampling as ops
 
-SLOW_PROCESSOR = 1.0  # seconds: logged
-STUCK_PROCESSOR = 10.0  # seconds: its request fails
 DRAW = 0  # purpose of a key: choosing a token; others are for verification of drafts
-
-log = logging.getLogger("embedllm")
 
 
 class Sampler:
@@ -39,7 +32,8 @@ class Sampler:
     so neither the batch nor preemption nor a repeated step changes them.
     """
 
-    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        """device: of the logits."""
         self.vocab_size = vocab_size
         self._rows: list[_Row | None] = [None] * max_num_seqs
         self._temperature = torch.zeros(max_num_seqs, dtype=torch.float64)
@@ -48,6 +42,15 @@ class Sampler:
         self._min_p = torch.zeros(max_num_seqs, dtype=torch.float64)
         self._filtered = [False] * max_num_seqs
         self._mixed_ids: Tensor | None = None  # [V] int32, made at the first unfiltered draw
+        device = torch.device(device)
+        self._host = HostEditor()
+        self._editor: Editor = DeviceEditor(max_num_seqs, vocab_size, device) if on_gpu(device) else self._host
+
+    def is_stepwise(self, params: SamplingParams) -> bool:
+        """Whether each token depends on the ids before it by more than the logits: the host must know them first."""
+        if params.bad_words or params.logits_processor is not None:
+            return True
+        return penalties_of(params) is not None and not self._editor.counts_ahead
 
     def bind(
         self,
@@ -68,9 +71,9 @@ class Sampler:
         Raises InvalidRequest for a token id that has no logit.
         """
         params.check_fits(self.vocab_size)
-        self._rows[row] = _Row(
-            params, tokens, num_prompt, seed, sample_index, eos_ids, encode_bad_words, self.vocab_size
-        )
+        edit = Edit(params, tokens, num_prompt, eos_ids, encode_bad_words, self.vocab_size)
+        self._rows[row] = _Row(params, edit, seed, sample_index)
+        self._editor.bind(row, edit)
         self._temperature[row] = params.temperature
         self._top_k[row] = min(params.top_k, self.vocab_size)
         self._top_p[row] = params.top_p
@@ -89,62 +92,61 @@ class Sampler:
         """Choose the next token of each row where the logits are.
 
         logits: [n, V] float32 of the model, not written. rows: [n] bound rows. positions: [n], of the tokens to choose,
-        None for the lengths of the rows' live lists; those before them need not be known yet, except where penalties,
-        bad words or a processor look at them. All-greedy rows with nothing else asked cost one argmax.
+        None for the lengths of the rows' live lists; those before them need not be known yet, except for rows whose
+        parameters are stepwise. All-greedy rows with nothing else asked cost one argmax. Rows that need the host are
+        chosen when the Choice is read, so that nobody else waits for them.
         """
         if logits.shape != (len(rows), self.vocab_size):
             raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(rows)} rows of {self.vocab_size} ids")
-        choice = Choice(*ops.argmax_rows(logits))
         states = [self._state(row) for row in rows]
-        at = [len(state.tokens) for state in states] if positions is None else positions
-        keys = {
-            i: state.key(position) for i, (state, position) in enumerate(zip(states, at, strict=True)) if state.draws
-        }
-        self._draw(
-            choice.ids, logits, choice.best, [(i, i, rows[i], key) for i, key in keys.items() if not states[i].edits]
-        )
-        edited = [i for i, state in enumerate(states) if state.edits]
+        at = [len(state.tokens) for state in states] if positions is None else list(positions)
+        late = [i for i, state in enumerate(states) if state.edit.needs_host]
+        now = [i for i, state in enumerate(states) if not state.edit.needs_host]
+        choice = self._choose(logits, rows, states, at, now)
+        if late:
+            lines = Download([logits[upload(torch.tensor(late), logits.device)]])
+            its = [rows[i] for i in late], [states[i] for i in late], [at[i] for i in late]
+            choice.late = late, lambda: self._choose_late(lines.wait()[0], *its)
+        return choice.send()
+
+    def _choose(
+        self, logits: Tensor, rows: Sequence[int], states: list[_Row], at: list[int], asked: Sequence[int]
+    ) -> Choice:
+        """A token for the `asked` of the rows; what the others get means nothing."""
+        choice = Choice(*ops.argmax_rows(logits))
+        keys = {i: states[i].key(at[i]) for i in asked if states[i].draws}
+        edited = [i for i in asked if not states[i].edit.asks_nothing]
+        plain = keys.keys() - set(edited)
+        self._draw(choice.ids, logits, choice.best, [(i, i, rows[i], key) for i, key in keys.items() if i in plain])
         if edited:
-            work = logits[upload(torch.tensor(edited), logits.device)]
-            for i, error in self._edit(work, [states[i] for i in edited], [at[i] for i in edited]):
-                choice.failures[edited[i]] = error
+            its = [rows[i] for i in edited], [states[i].edit for i in edited]
+            editor = self._host if its[1][0].needs_host else self._editor
+            where = upload(torch.tensor(edited), logits.device)
+            work = logits[where]
+            editor.apply(work, *its, [at[i] for i in edited])
+            for place, i in enumerate(edited):
+                try:
+                    its[1][place].process(work[place])
+                except RequestFailed as error:
+                    choice.failures[i] = error
             ids, best = ops.argmax_rows(work)
             choice.edited = edited, best
-            choice.ids[upload(torch.tensor(edited), logits.device)] = ids
+            choice.ids[where] = ids
             self._draw(choice.ids, work, best, [(n, i, rows[i], keys[i]) for n, i in enumerate(edited) if i in keys])
-        self._log(choice, logits, states)
-        return choice.send()
+            editor.note(*its, choice.ids[where])
+        self._log(choice, logits, {i: states[i].params.logprobs for i in asked})
+        return choice
+
+    def _choose_late(self, lines: Tensor, rows: list[int], states: list[_Row], at: list[int]) -> Sampled:
+        """Tokens of rows that need the host, whose logits have come there; none for those that were released since."""
+        there = [i for i, state in enumerate(states) if self._rows[rows[i]] is state]
+        return self._choose(lines, rows, states, at, there).send().read()
 
     def _state(self, row: int) -> _Row:
         state = self._rows[row]
         if state is None:
             raise ValueError(f"row {row} is not bound")
         return state
-
-    def _edit(self, work: Tensor, states: list[_Row], positions: list[int]) -> Iterator[tuple[int, RequestFailed]]:
-        """Change the rows' logits in place; yields those whose processor failed."""
-        self._penalise(work, states)
-        for i, (line, state, position) in enumerate(zip(work, states, positions, strict=True)):
-            state.edit(line, position)
-            try:
-                state.process(line)
-            except RequestFailed as error:
-                yield i, error
-
-    def _penalise(self, work: Tensor, states: list[_Row]) -> None:
-        """Penalties of the rows that have them, as one gather and one scatter."""
-        places, ids, times, factors = [], [], [], []
-        for place, state in enumerate(states):
-            if state.counts is not None:
-                seen, count = state.counts.update(state.tokens)
-                places.append(torch.full_like(seen, place))
-                ids.append(seen)
-                times.append(count)
-                factors.append(state.penalties.expand(len(seen), 3))
-        if places:
-            device = work.device
-            pairs = (upload(torch.cat(part), device) for part in (places, ids, times))
-            ops.penalise(work, *pairs, *upload(torch.cat(factors), device).unbind(1))
 
     def _draw(self, chosen: Tensor, source: Tensor, best: Tensor, draws: list[tuple[int, int, int, int]]) -> None:
         """For each (place, i, row, key), draw `chosen[i]` from `source[place]`. best: largest logit of each place."""
@@ -153,29 +155,49 @@ class Sampler:
             some = [each for each in draws if self._filtered[each[2]] is kind]
             if not some:
                 continue
-            places, indices, rows, keys = map(list, zip(*some, strict=True))
-            row = torch.tensor(rows)
-            states = self._temperature, self._top_k, self._top_p, self._min_p
-            limits = [upload(state[row], device) for state in states]
-            words = upload(ops.key_words(keys), device)
-            where = upload(torch.tensor(places), device)
-            lines = source if len(some) == len(source) else source[where]
             if on_gpu(device):
-                ids = _draw_on_gpu(lines, limits, words, kind)
-            elif kind:
-                ids = ops.draw_filtered(lines, best[where], limits[0], words, *limits[1:])
+                self._draw_on_gpu(chosen, source, some, kind)
+                continue
+            places, indices, rows, keys = map(list, zip(*some, strict=True))
+            row, where, words = torch.tensor(rows), torch.tensor(places), ops.key_words(keys)
+            lines = source if len(some) == len(source) else source[where]
+            temperature, first = self._temperature[row], best[where]
+            if kind:
+                limits = (self._top_k[row], self._top_p[row], self._min_p[row])
+                ids = ops.draw_filtered(lines, first, temperature, words, *limits)
             else:
                 if self._mixed_ids is None:
                     self._mixed_ids = ops.mix_ids(torch.arange(self.vocab_size))
-                ids = ops.draw(lines, best[where], limits[0], words, self._mixed_ids)
-            chosen[upload(torch.tensor(indices), device)] = ids
+                ids = ops.draw(lines, first, temperature, words, self._mixed_ids)
+            chosen[torch.tensor(indices)] = ids
 
-    def _log(self, choice: Choice, logits: Tensor, states: list[_Row]) -> None:
+    def _draw_on_gpu(
+        self, chosen: Tensor, source: Tensor, draws: list[tuple[int, int, int, int]], filtered: bool
+    ) -> None:
+        """The same with one upload of all that the kernels need."""
+        from embedllm_kernels.triton.sampling import sample
+
+        places, indices, rows, keys = map(list, zip(*draws, strict=True))
+        row, count = torch.tensor(rows), len(draws)
+        numbers = torch.empty((8, count), dtype=torch.int32)
+        numbers[:2] = torch.tensor([places, indices])
+        numbers[2:4] = ops.key_words(keys).t()
+        numbers[4] = self._top_k[row]
+        limits = (self._temperature, self._top_p, self._min_p)
+        numbers[5:].view(torch.float32).copy_(torch.stack([limit[row] for limit in limits]))
+        there = upload(numbers, source.device)
+        temperature, top_p, min_p = there[5:].view(torch.float32).unbind()
+        lines = source if count == len(source) else source[there[0].long()]
+        words = there[2:4].t().contiguous()
+        ids, _ = sample(lines, temperature, there[4], top_p, min_p, words, filtered=filtered)
+        chosen[there[1].long()] = ids
+
+    def _log(self, choice: Choice, logits: Tensor, asked: dict[int, int | None]) -> None:
         """Log-probabilities of the rows that want them, in groups that want as many."""
         groups: dict[int, list[int]] = {}
-        for i, state in enumerate(states):
-            if state.params.logprobs is not None:
-                groups.setdefault(state.params.logprobs, []).append(i)
+        for i, k in asked.items():
+            if k is not None:
+                groups.setdefault(k, []).append(i)
         for k, group in groups.items():
             where = upload(torch.tensor(group), logits.device)
             choice.logprobs.append((group, ops.logprobs(logits[where], choice.ids[where], k)))
@@ -199,148 +221,18 @@ class Sampler:
         return entries
 
 
-def _draw_on_gpu(logits: Tensor, limits: list[Tensor], words: Tensor, filtered: bool) -> Tensor:
-    from embedllm_kernels.triton.sampling import sample
-
-    temperature, top_k, top_p, min_p = limits
-    ids, _ = sample(logits, temperature.float(), top_k.int(), top_p.float(), min_p.float(), words, filtered=filtered)
-    return ids
-
-
 class _Row:
-    """One bound sequence: what is fixed while it is bound, and how to change its logits."""
+    """One bound sequence."""
 
-    def __init__(
-        self,
-        params: SamplingParams,
-        tokens: list[int],
-        num_prompt: int,
-        seed: int,
-        sample_index: int,
-        eos_ids: Sequence[int],
-        bad_words: Sequence[Sequence[int]],
-        vocab_size: int,
-    ) -> None:
-        self.params = params
-        self.tokens = tokens
-        self.num_prompt = num_prompt
+    def __init__(self, params: SamplingParams, edit: Edit, seed: int, sample_index: int) -> None:
+        self.params, self.edit = params, edit
         self.draws = params.temperature > 0
         self._stream = ops.fold(ops.fold(ops.fold(0, seed), sample_index), DRAW)
-        factors = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        self.penalties = torch.tensor([factors], dtype=torch.float32)
-        penalised = factors != (1.0, 0.0, 0.0)
-        self.counts = _Counts(num_prompt, factors[0] != 1.0, vocab_size) if penalised else None
-        bias = params.logit_bias or {}
-        self._bias = (torch.tensor(list(bias), dtype=torch.int64), torch.tensor(list(bias.values()))) if bias else None
-        self._allowed = torch.tensor(params.allowed_token_ids) if params.allowed_token_ids is not None else None
-        ends = sorted({i for i in (*eos_ids, *params.stop_token_ids) if i < vocab_size})
-        self._ends = torch.tensor(ends) if ends and params.min_tokens else None
-        # An id without a logit is never chosen, so a sequence that ends in one needs no watching. As in transformers,
-        # a bad word that is exactly an EOS does not forbid EOS.
-        words = [w for w in bad_words if w and w[-1] < vocab_size and not (len(w) == 1 and w[0] in eos_ids)]
-        self._banned = torch.tensor(sorted({w[0] for w in words if len(w) == 1}), dtype=torch.int64)
-        self._watched: dict[int, list[tuple[list[int], int]]] = {}  # by the token before the last
-        for word in words:
-            if len(word) > 1:
-                self._watched.setdefault(word[-2], []).append((list(word[:-1]), word[-1]))
-        masked = self._bias is not None or self._allowed is not None or self._ends is not None or bool(words)
-        self.edits = penalised or masked or params.logits_processor is not None
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.edit.tokens
 
     def key(self, position: int) -> int:
         """The 64-bit key of the draw at a position."""
         return ops.fold(self._stream, position)
-
-    def edit(self, line: Tensor, position: int) -> None:
-        """Bias and masks, in place on this row's [V] copy. position: of the token to choose."""
-        if self._bias is not None:
-            ids, values = self._bias
-            line[ids] += values.to(line.device)
-        if self._allowed is not None:
-            values = line[self._allowed]
-            line.fill_(-math.inf)
-            line[self._allowed] = values
-        if len(self._banned):
-            line[self._banned] = -math.inf
-        for prefix, last in self._watched.get(self.tokens[-1], ()) if self.tokens else ():
-            if self.tokens[-len(prefix) :] == prefix:
-                line[last] = -math.inf
-        if self._ends is not None and position - self.num_prompt < self.params.min_tokens:
-            line[self._ends] = -math.inf
-
-    def process(self, line: Tensor) -> None:
-        """Run the caller's logits_processor, if any, and put its answer into `line`. Raises only RequestFailed."""
-        call = self.params.logits_processor
-        if call is None:
-            return
-        prompt, output = self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
-        given = line.cpu().clone()
-        start = time.monotonic()
-        try:
-            answer = call(prompt, output, given)
-        except (
-            BaseException
-        ) as error:  # SystemExit and KeyboardInterrupt too: they are this request's, not the engine's
-            raise RequestFailed(f"logits_processor raised {error!r}") from error
-        seconds = time.monotonic() - start
-        if seconds > STUCK_PROCESSOR:
-            raise RequestFailed(
-                f"logits_processor took {seconds:.1f} s for one token; the limit is {STUCK_PROCESSOR:g} s"
-            )
-        if seconds > SLOW_PROCESSOR:
-            log.warning("a logits_processor took %.1f s for one token; every running request waits for it", seconds)
-        if not isinstance(answer, Tensor):
-            raise RequestFailed(f"logits_processor must return a tensor, got {type(answer).__name__}")
-        if answer.shape != line.shape or not answer.is_floating_point() or answer.layout != torch.strided:
-            raise RequestFailed(
-                f"logits_processor must return a dense floating-point tensor of shape {tuple(line.shape)}, "
-                f"got {answer.dtype} of shape {tuple(answer.shape)}"
-            )
-        line.copy_(answer.detach())
-
-
-class _Counts:
-    """How often each id stands in the output (and, at zero, which ids stand in the prompt), kept up token by token.
-
-    A prompt may hold ids without a logit, such as a placeholder's: they are left out.
-    """
-
-    def __init__(self, num_prompt: int, prompt_too: bool, vocab_size: int) -> None:
-        self._num_prompt = num_prompt
-        self._vocab_size = vocab_size
-        self._start = 0 if prompt_too else num_prompt
-        self._done = -1  # tokens before this are counted
-        self._last = -1  # the last of them
-        self._place: dict[int, int] = {}
-        self._ids = torch.empty(0, dtype=torch.int64)
-        self._times = torch.empty(0, dtype=torch.float32)
-
-    def update(self, tokens: list[int]) -> tuple[Tensor, Tensor]:
-        """(ids, times in the output) of the live list, each id once. Counts afresh if the list went back."""
-        went_back = len(tokens) < self._done or (self._done > 0 and tokens[self._done - 1] != self._last)
-        if self._done < 0 or went_back:
-            self._recount(tokens)
-        else:
-            for position in range(self._done, len(tokens)):
-                self._add(tokens[position])
-        self._done = len(tokens)
-        self._last = tokens[-1] if tokens else -1
-        size = len(self._place)
-        return self._ids[:size], self._times[:size]
-
-    def _recount(self, tokens: list[int]) -> None:
-        prompt = tokens[self._start : self._num_prompt]
-        counted = Counter(dict.fromkeys((token for token in prompt if token < self._vocab_size), 0))
-        counted.update(tokens[self._num_prompt :])
-        spare = [0] * max(64, len(counted) // 4)
-        self._ids = torch.tensor([*counted, *spare], dtype=torch.int64)
-        self._times = torch.tensor([*counted.values(), *spare], dtype=torch.float32)
-        self._place = {token: place for place, token in enumerate(counted)}
-
-    def _add(self, token: int) -> None:
-        """Count one more output token."""
-        place = self._place.setdefault(token, len(self._place))
-        if place == len(self._ids):
-            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)])
-            self._times = torch.cat([self._times, torch.zeros_like(self._times)])
-        self._ids[place] = token
-        self._times[place] += 1

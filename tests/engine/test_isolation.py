@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import embedllm
-from embedllm import sampler, watchdog, worker
+from embedllm import edits, watchdog, worker
 from embedllm.channel import Channel
 from embedllm.errors import EngineDead, EngineReentered, RequestCancelled, RequestFailed
 from embedllm.plan_types import Plan
@@ -280,8 +280,8 @@ def test_a_callback_that_closes_the_llm() -> None:
 def test_a_slow_logits_processor_is_logged_and_a_stuck_one_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sampler, "SLOW_PROCESSOR", 0.01)
-    monkeypatch.setattr(sampler, "STUCK_PROCESSOR", 0.1)
+    monkeypatch.setattr(edits, "SLOW_PROCESSOR", 0.01)
+    monkeypatch.setattr(edits, "STUCK_PROCESSOR", 0.1)
     model = Hooked()
 
     def sleeps(seconds: float) -> Callable[..., torch.Tensor]:

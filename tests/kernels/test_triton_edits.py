@@ -7,13 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from embedllm.edits import pack_ids
 from embedllm_kernels import sampling
 from tests.kernels.compiled import Build, compile_for
 
 pytest.importorskip("triton")
-from embedllm_kernels.triton.edits import apply_edits, pack
+from embedllm_kernels.triton.edits import apply_edits
 
 STATES = 5
+
+
+def pack(ids: Tensor) -> Tensor:
+    """[n, V] bool as bits."""
+    return torch.stack([torch.from_numpy(pack_ids(line.nonzero()[:, 0].tolist(), len(line))) for line in ids])
 
 
 def penalties_of(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +43,7 @@ def expected(
         rows, ids = ((counts > 0) | in_prompt)[state].nonzero(as_tuple=True)
         sampling.penalise(logits, rows, ids, counts[state[rows], ids].float(), *(p[state[rows]] for p in penalties))
     if bias is not None:
-        for line, ids, values in zip(logits, bias[0][state], bias[1][state], strict=True):
+        for line, ids, values in zip(logits, *bias, strict=True):
             line[ids[ids >= 0].long()] += values[ids >= 0]
     return logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
 
@@ -54,10 +60,10 @@ def test_equals_the_reference(size: int, asked: str, mapped: bool, test_seed: in
     counts = torch.randint(-3, 4, (STATES, size), generator=generator, dtype=torch.int32).clamp(min=0)
     in_prompt = torch.rand((STATES, size), generator=generator) < 0.3
     m = min(size, 7)
-    ids = torch.stack([torch.randperm(size, generator=generator)[:m] for _ in range(STATES)]).int()
+    ids = torch.stack([torch.randperm(size, generator=generator)[:m] for _ in state]).int()
     ids[1, m // 2 :] = -1
     ids[3] = -1
-    bias = (ids, torch.randn((STATES, m), generator=generator)) if "bias" in asked else None
+    bias = (ids, torch.randn((len(state), m), generator=generator)) if "bias" in asked else None
     allowed = torch.rand((len(state), size), generator=generator) < 0.5 if "mask" in asked else None
     penalties = penalties_of(STATES) if "penalties" in asked else None
     wanted = expected(logits, state, penalties, counts, in_prompt, bias, allowed)
@@ -89,13 +95,6 @@ def test_rows_that_ask_for_nothing_stay(test_seed: int) -> None:
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
     with pytest.raises(ValueError, match="together"):
         apply_edits(logits, counts=counts)
-
-
-def test_pack() -> None:
-    ids = torch.zeros(2, 65, dtype=torch.bool)
-    ids[0, [0, 31, 33]] = True
-    ids[1, 64] = True
-    assert pack(ids).tolist() == [[1 - 2**31, 2, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -30,7 +30,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "gpu",
         "transfer",
     ),
-    4: ("sampler", "choice", "speculative", "structured", "graphs", "runner"),
+    4: ("sampler", "edits", "choice", "speculative", "structured", "graphs", "runner"),
     5: (
         "engine",
         "faults",

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedllm.edits import pack_ids, unpack_ids
 from embedllm.errors import InvalidRequest, RequestFailed
 from embedllm.params import SamplingParams
 from embedllm.sampler import Sampler
@@ -663,6 +664,22 @@ def test_prompt_logprobs_work_on_slices() -> None:
     logits[2, 0] = math.nan
     with pytest.raises(RequestFailed, match="not finite"):
         sampler.prompt_logprobs(logits, [3, 1, 4, 1, 5], 3)
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 40])
+def test_logprobs_without_a_look_on_the_way_are_the_same(k: int) -> None:
+    logits = (torch.randn(9, 1_003, generator=torch.Generator().manual_seed(4)) * 4).round() / 2  # ties
+    logits[0, :700] = -0.0
+    logits[0, 700:] = 0.0
+    logits[1, ::3] = -math.inf
+    chosen = torch.tensor([699, 0, 1_002, 5, 77, 500, 3, 900, 12])
+    for found, wanted in zip(ops.logprobs_in_one_go(logits, chosen, k), ops.logprobs(logits, chosen, k), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_ids_as_bits() -> None:
+    assert pack_ids([0, 31, 33], 65).tolist() == [1 - 2**31, 2, 0]
+    assert unpack_ids(pack_ids([64, 3], 65), 65).nonzero()[:, 0].tolist() == [3, 64]
 
 
 @pytest.mark.serial

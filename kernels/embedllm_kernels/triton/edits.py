@@ -1,13 +1,12 @@
 """What changes logits before a token is chosen: penalties, bias and the mask of allowed ids, in one pass, in place.
 
-Order: repetition, frequency, presence (sampling.penalise), bias, mask. What a request asks for lies in arrays with one
-entry per state row; the mask belongs to the step and has one entry per row of logits.
+Order: repetition, frequency, presence (sampling.penalise), bias, mask. Penalties and what they count lie in arrays with
+one entry per state row, which outlive the step; bias and mask belong to the step and have one entry per row of logits.
 Invariant: a row that asks for nothing is neither read nor written.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,7 +49,7 @@ def _edit(
         penalised = (repeat != 1.0) | (often != 0.0) | (present != 0.0)
     biased = False
     if BIAS:
-        biased = tl.load(bias_ids + state * num_biases) >= 0
+        biased = tl.load(bias_ids + row * num_biases) >= 0
     if MASK or penalised or biased:
         first = tl.program_id(1) * BLOCK
         ids = first + tl.arange(0, BLOCK)
@@ -67,9 +66,9 @@ def _edit(
             x = tl.where(count > 0, x - present, x)
         if BIAS and biased:
             for entry in range(num_biases):
-                token = tl.load(bias_ids + state * num_biases + entry)
+                token = tl.load(bias_ids + row * num_biases + entry)
                 if (token >= first) & (token < first + BLOCK):
-                    x = tl.where(ids == token, x + tl.load(bias + state * num_biases + entry), x)
+                    x = tl.where(ids == token, x + tl.load(bias + row * num_biases + entry), x)
         if MASK:
             may = (tl.load(allowed + row * num_words + word, mask=inside, other=0) >> bit) & 1
             x = tl.where(may > 0, x, -float("inf"))
@@ -91,7 +90,7 @@ def apply_edits(
     rows [n] of any integer type: the state row of each row of logits; None: the same one.
     penalties: repetition, frequency, presence, each [states] float32; with counts [states, V] int32, how often an id
     stands in the output, and prompt [states, ceil(V / 32)] int32, whose bit id % 32 of word id // 32 says that an id
-    stands in the prompt. bias: (ids [states, m] int32, distinct, -1 after the last, values [states, m] float32).
+    stands in the prompt. bias: (ids [n, m] int32, distinct, -1 after the last, values [n, m] float32).
     allowed [n, ceil(V / 32)] int32: bits as in `prompt`; an id whose bit is 0 gets -inf.
     All but `logits` are contiguous.
     """
@@ -126,11 +125,3 @@ def apply_edits(
         BLOCK,
         num_warps=4,
     )
-
-
-def pack(ids: Tensor) -> Tensor:
-    """Which ids are meant, [n, V] bool, as bits: [n, ceil(V / 32)] int32, as `apply_edits` takes them."""
-    n, size = ids.shape
-    padded = torch.nn.functional.pad(ids.to(torch.int64), (0, -size % 32)).view(n, -1, 32)
-    words = (padded << torch.arange(32, device=ids.device)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
