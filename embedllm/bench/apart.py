@@ -47,18 +47,19 @@ class Recipe:
             return LlamaCpp(Path(source), Path(self.scratch), self.dtype, self.longest, self.threads)
         from embedllm.bench.peers import HFContinuous, HFGenerate, load_transformers
 
-        model = load_transformers(source, self.dtype, self.device)
         if self.name == "hf-cb":
-            return HFContinuous(model, self.longest)
+            return HFContinuous(load_transformers(source, self.dtype, self.device, flash=True), self.longest)
+        model = load_transformers(source, self.dtype, self.device)
         return HFGenerate(model, batch=1 if self.name == "hf" else 32)
 
 
 class Apart(Engine):
     """An engine in a child process, opened and warmed up. Raises those of embedllm's errors that opening it raised."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, limit: float | None = None) -> None:
+        """limit: seconds that opening, and each run, may take; TimeoutError after them, and the process is ended."""
         context = multiprocessing.get_context("spawn")
-        self.name = recipe.name
+        self.name, self._limit = recipe.name, limit
         self._line, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, recipe), name=f"bench-{recipe.name}", daemon=True)
         self._process.start()
@@ -75,10 +76,14 @@ class Apart(Engine):
         try:
             if work is not None:
                 self._line.send(work)
-            answer = self._line.recv()
+            in_time = self._line.poll(self._limit)
+            answer = self._line.recv() if in_time else None
         except (EOFError, OSError) as error:
             self._process.join(CLOSE_SECONDS)
             raise RuntimeError(f"the process of {self.name} ended with exit code {self._process.exitcode}") from error
+        if not in_time:
+            self._process.kill()
+            raise TimeoutError(f"{self.name} took over {self._limit:g} s")
         if isinstance(answer, BaseException):
             raise answer
         return answer

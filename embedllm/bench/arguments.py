@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import argparse
 
-WORKLOADS = ("mixed", "single", "shared-prefix", "nano")
+WORKLOADS = ("mixed", "single", "shared-prefix", "nano", "sharegpt")
 PROBES = ("overhead", "waste", "gpu")
 PEERS = ("hf", "hf-batch", "hf-cb", "llama.cpp")
 
 DESCRIPTION = """\
 Runs fixed, seeded work and prints what it took. Workloads: mixed (32 requests, prompts of 16 to 128 tokens, outputs of
 8 to 64), single (one request), shared-prefix (64 questions after one system prompt of 512 tokens), nano (the nano-vllm
-workload: 256 requests, 100 to 1,024 tokens in and out). Probes of the engine alone: overhead (CPU time of a step
-outside the model), waste (KV memory on chat-like lengths). gpu: what a CUDA card reaches, beside its own copy bandwidth
-and matrix rate. Default: mixed.
+workload: 256 requests, 100 to 1,024 tokens in and out), sharegpt (256 requests of chat-like lengths). Probes of the
+engine alone: overhead (CPU time of a step outside the model), waste (KV memory on chat-like lengths). gpu: what a CUDA
+card reaches, beside its own copy bandwidth and matrix rate and beside the transformers peers; eight minutes on an H100,
+with settings of its own. Default: mixed.
 
-Peers run on the same weights, token ids and output lengths, each in a process of its own, taking turns round by round:
+Peers run on the same weights, token ids and output lengths, each in a process of its own, on a CPU taking turns
+round by round, on a card one after another with the card to itself:
   hf         transformers generate(), one prompt after another
   hf-batch   transformers generate() on padded batches of 32
   hf-cb      transformers continuous batching

@@ -81,18 +81,32 @@ class Embedllm(Engine):
         )
 
     def run(self, work: Workload) -> Run:
-        self.llm.cache.reset()
-        params = [
-            embedllm.SamplingParams(
-                max_tokens=job.num_output, temperature=work.temperature, top_p=1.0, top_k=0, ignore_eos=True, seed=i
-            )
-            for i, job in enumerate(work.jobs)
-        ]
-        prompts = [list(job.prompt) for job in work.jobs]
-        began = time.perf_counter()
-        completions = self.llm.generate(prompts, params)
-        seconds = time.perf_counter() - began
-        return Run(seconds, [c.tokens for c in completions], [c.timing.ttft for c in completions])
+        return generate(self.llm, work)
 
     def close(self) -> None:
         self.llm.close()
+
+
+def generate(llm: embedllm.LLM, work: Workload) -> Run:
+    """The work once, on an open LLM whose prefix cache is emptied first."""
+    llm.cache.reset()
+    params = [
+        embedllm.SamplingParams(
+            max_tokens=job.num_output, temperature=work.temperature, top_p=1.0, top_k=0, ignore_eos=True, seed=i
+        )
+        for i, job in enumerate(work.jobs)
+    ]
+    prompts = [list(job.prompt) for job in work.jobs]
+    began = time.perf_counter()
+    completions = llm.generate(prompts, params)
+    seconds = time.perf_counter() - began
+    return Run(seconds, [c.tokens for c in completions], [c.timing.ttft for c in completions])
+
+
+def checked(engine: Engine, work: Workload) -> Run:
+    """The work once; RuntimeError where an output has not the length that was asked for."""
+    found = engine.run(work)
+    made = [len(output) for output in found.outputs]
+    if made != [job.num_output for job in work.jobs]:
+        raise RuntimeError(f"{engine.name} did not produce the tokens that were asked for: {made[:8]}…")
+    return found

@@ -7,6 +7,7 @@ Invariant: a peer gets the same weights, token ids and output lengths as embedll
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from embedllm.errors import MissingDependency
 PAGE = 16
 
 
-def load_transformers(folder: str | Path, dtype: str, device: str = "cpu") -> Any:
-    """The model of the transformers peers: one copy for all of them."""
+def load_transformers(folder: str | Path, dtype: str, device: str = "cpu", flash: bool = False) -> Any:
+    """The model of the transformers peers. flash: with FlashAttention on a card, where its package is installed."""
     try:
         import torch
         from transformers import AutoModelForCausalLM
@@ -28,11 +29,17 @@ def load_transformers(folder: str | Path, dtype: str, device: str = "cpu") -> An
         raise MissingDependency('the transformers peers need: pip install "embedllm[bench]"') from error
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    has_flash = flash and device != "cpu" and importlib.util.find_spec("flash_attn") is not None
+    attention = "flash_attention_2" if has_flash else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
     model = model.to(device)  # type: ignore[arg-type]
     model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
     model.train(False)
     return model
+
+
+def _version(model: Any) -> str:
+    return f"{importlib.metadata.version('transformers')}, {model.config._attn_implementation}"
 
 
 class HFGenerate(Engine):
@@ -44,7 +51,7 @@ class HFGenerate(Engine):
 
     def __init__(self, model: Any, batch: int) -> None:
         self.name = "hf" if batch == 1 else "hf-batch"
-        self.version = importlib.metadata.version("transformers")
+        self.version = _version(model)
         self._model = model
         self._batch = batch
 
@@ -86,10 +93,12 @@ class HFContinuous(Engine):
     name = "hf-cb"
 
     def __init__(self, model: Any, longest: int) -> None:
-        self.version = importlib.metadata.version("transformers")
+        self.version = _version(model)
         self._model = model
-        max_num_seqs, self._max_batch_tokens = sizes(model.device.type)
-        self._num_blocks = (max_num_seqs + 1) * -(-longest // PAGE)
+        max_num_seqs, max_batch_tokens = sizes(model.device.type)
+        self._limits: dict[str, Any] = {"max_batch_tokens": max_batch_tokens}
+        if model.device.type == "cpu":  # on a card it takes what memory there is, in pages of its own choice
+            self._limits |= {"page_size": PAGE, "num_blocks": (max_num_seqs + 1) * -(-longest // PAGE)}
 
     def run(self, work: Workload) -> Run:
         from transformers import GenerationConfig
@@ -98,12 +107,7 @@ class HFContinuous(Engine):
         sampling = {"do_sample": True, "temperature": work.temperature} if work.temperature else {"do_sample": False}
         # -1 is no token's id: only the length ends a request
         generation = GenerationConfig(eos_token_id=-1, pad_token_id=0, **sampling)  # type: ignore[no-untyped-call]
-        batching = ContinuousBatchingConfig(
-            num_blocks=self._num_blocks,
-            page_size=PAGE,
-            max_batch_tokens=self._max_batch_tokens,
-            auto_switch_to_flash=False,
-        )
+        batching = ContinuousBatchingConfig(auto_switch_to_flash=False, **self._limits)
         context = self._model.continuous_batching_context_manager(
             generation_config=generation, continuous_batching_config=batching, warmup=True
         )

@@ -20,7 +20,7 @@ from typing import Any
 from embedllm.bench.engines import Run
 from embedllm.bench.workloads import Workload
 
-PACKAGES = ("embedllm", "torch", "transformers", "numpy", "llama-cpp-python")
+PACKAGES = ("embedllm", "torch", "triton", "transformers", "numpy", "llama-cpp-python")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 
 

@@ -1,7 +1,8 @@
 """From the command line to figures: load everybody, let them take turns, report.
 
-Owns the order of things. Invariant: in every round each engine does the same work once, alone, in an order that
-rotates, so that a machine getting slower or faster is felt by all.
+Owns the order of things. Invariants: in every round each engine does the same work once, alone. On a CPU the order
+rotates, so that a machine getting slower or faster is felt by all; on a card one engine ends before the next opens,
+since each takes what memory there is.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any, cast
 import embedllm
 from embedllm.bench.apart import Apart, Recipe
 from embedllm.bench.arguments import PROBES, chosen
-from embedllm.bench.engines import Engine
+from embedllm.bench.engines import Engine, checked
 from embedllm.bench.report import Comparison, Entry, envelope, machine
-from embedllm.bench.workloads import Workload, workload
+from embedllm.bench.workloads import workload
 from embedllm.errors import InvalidRequest, MissingDependency, UnsupportedModel
 
 BOX = Path(__file__).resolve().parents[1] / "demo" / "model"
@@ -30,7 +31,7 @@ Say = Callable[[str], None]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what `args` asks for; returns the exit code."""
+    """Measure what `args` asks for; returns the exit code: 1 where a part of a probe failed."""
     try:
         what, against = chosen(args)
     except ValueError as error:
@@ -57,11 +58,13 @@ def run(args: argparse.Namespace) -> int:
             print(text)
         else:
             Path(args.json).write_text(text + "\n", encoding="utf-8")
-    return 0
+    return 1 if any(result.get("failed") for result in results) else 0
 
 
 def _probe(name: str, say: Say) -> dict[str, Any]:
     probe = importlib.import_module(f"embedllm.bench.{name}")
+    if name == "gpu":  # it takes minutes, and says each line when it has it
+        return cast("dict[str, Any]", probe.measure(say=say).as_json())
     found = probe.measure()
     say(found.table())
     return cast("dict[str, Any]", found.as_json())
@@ -76,16 +79,20 @@ def compare(args: argparse.Namespace, names: list[str], against: list[str], say:
             say(f"shape {args.shape}, random weights, {args.dtype}")
         vocab_size, longest = _size(model, names, args.scale)
         works = [workload(name, vocab_size, args.scale) for name in names]
-        engines, skipped = _open(model, Path(scratch), against, args, longest)
-        try:
-            comparisons = []
-            for work in works:
-                comparisons.append(_take_turns(work, engines, args.rounds, skipped))
-                say("\n" + comparisons[-1].table())
-            return comparisons
-        finally:
-            for engine in engines:
-                engine.close()
+        everybody = ["embedllm", *against]
+        comparisons = [Comparison(work, []) for work in works]
+        for group in [everybody] if args.device == "cpu" else [[name] for name in everybody]:
+            engines, skipped = _open(model, Path(scratch), group, args, longest)
+            try:
+                for comparison in comparisons:
+                    _take_turns(comparison, engines, args.rounds)
+                    comparison.skipped |= skipped
+                    if group[-1] == everybody[-1]:
+                        say("\n" + comparison.table())
+            finally:
+                for engine in engines:
+                    engine.close()
+        return comparisons
 
 
 def _size(model: Any, names: list[str], scale: float) -> tuple[int, int]:
@@ -99,15 +106,15 @@ def _size(model: Any, names: list[str], scale: float) -> tuple[int, int]:
 
 
 def _open(
-    model: Any, scratch: Path, against: list[str], args: argparse.Namespace, longest: int
+    model: Any, scratch: Path, names: list[str], args: argparse.Namespace, longest: int
 ) -> tuple[list[Engine], dict[str, str]]:
-    """embedllm and every peer that can run here, warmed up; and why the others cannot."""
+    """Those of the engines that can run here, warmed up; and why the others cannot."""
     import torch
 
     engines: list[Engine] = []
     skipped: dict[str, str] = {}
     try:
-        for name in ["embedllm", *against]:
+        for name in names:
             recipe = Recipe(
                 name=name,
                 model=None if model is None else str(model),
@@ -131,15 +138,12 @@ def _open(
     return engines, skipped
 
 
-def _take_turns(work: Workload, engines: list[Engine], rounds: int, skipped: dict[str, str]) -> Comparison:
+def _take_turns(comparison: Comparison, engines: list[Engine], rounds: int) -> None:
+    """Add these engines and their runs to the comparison."""
     entries = [Entry(engine.name, engine.version) for engine in engines]
     turns = list(zip(engines, entries, strict=True))
     for number in range(rounds):
         for engine, entry in turns[number % len(turns) :] + turns[: number % len(turns)]:
             gc.collect()
-            found = engine.run(work)
-            made = [len(output) for output in found.outputs]
-            if made != [job.num_output for job in work.jobs]:
-                raise RuntimeError(f"{engine.name} did not produce the tokens that were asked for: {made[:8]}…")
-            entry.runs.append(found)
-    return Comparison(work, entries, skipped)
+            entry.runs.append(checked(engine, comparison.work))
+    comparison.entries += entries

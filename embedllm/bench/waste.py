@@ -1,12 +1,11 @@
 """How much KV memory holds no token: paged, as the engine did it, beside contiguous reservations for the same requests.
 
-Owns the chat-like lengths, the replay of an engine trace and the contiguous baselines of the PagedAttention paper
-(arXiv 2309.06180, section 2 and figure 2). Invariant: every figure about embedllm is read from the trace of a real run.
+Owns the replay of an engine trace and the contiguous baselines of the PagedAttention paper (arXiv 2309.06180, section 2
+and figure 2). Invariant: every figure about embedllm is read from the trace of a real run.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
@@ -14,25 +13,12 @@ from statistics import fmean
 from typing import Any
 
 import embedllm
+from embedllm.bench.workloads import chat_lengths
 
 TARGET = 0.04
 NUM_BLOCKS, BLOCK_SIZE, MAX_LEN = 1_024, 16, 2_048
 MAX_SEQS = 256
-MEAN_PROMPT, MEAN_OUTPUT = 161.3, 338.0  # of ShareGPT, as the paper's section 6.1 gives them
-SPREAD_PROMPT, SPREAD_OUTPUT = 1.2, 0.9  # standard deviations of the logarithms: our choice
-SHORTEST, LONGEST = 4, 1_024
 NUM_SAMPLES = 6
-
-
-def chat_lengths(count: int, seed: int = 0) -> list[tuple[int, int]]:
-    """(prompt, output) lengths: log-normal with ShareGPT's means, cut to 4..1,024 tokens each."""
-    rng = Random(seed)
-
-    def draw(mean: float, spread: float) -> int:
-        value = rng.lognormvariate(math.log(mean) - spread**2 / 2, spread)
-        return min(LONGEST, max(SHORTEST, round(value)))
-
-    return [(draw(MEAN_PROMPT, SPREAD_PROMPT), draw(MEAN_OUTPUT, SPREAD_OUTPUT)) for _ in range(count)]
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,15 @@ same work on every machine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
 FIRST_ID = 10  # lower ids are often special
+MEAN_PROMPT, MEAN_OUTPUT = 161.3, 338.0  # of ShareGPT, as section 6.1 of the PagedAttention paper gives them
+SPREAD_PROMPT, SPREAD_OUTPUT = 1.2, 0.9  # standard deviations of the logarithms: our choice
+SHORTEST, LONGEST = 4, 1_024
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,27 @@ def _nano(rng: Random, vocab_size: int, count: Count) -> Workload:
     return Workload("nano", tuple(Job(prompt, rng.randint(100, 1_024)) for prompt in prompts), temperature=0.6)
 
 
+def chat_lengths(count: int, seed: int = 0) -> list[tuple[int, int]]:
+    """(prompt, output) lengths: log-normal with ShareGPT's means, cut to 4..1,024 tokens each."""
+    rng = Random(seed)
+
+    def draw(mean: float, spread: float) -> int:
+        value = rng.lognormvariate(math.log(mean) - spread**2 / 2, spread)
+        return min(LONGEST, max(SHORTEST, round(value)))
+
+    return [(draw(MEAN_PROMPT, SPREAD_PROMPT), draw(MEAN_OUTPUT, SPREAD_OUTPUT)) for _ in range(count)]
+
+
+def _sharegpt(rng: Random, vocab_size: int, count: Count) -> Workload:
+    """Random prompts of chat-like lengths: none of ShareGPT's text is here."""
+    jobs = [Job(_ids(rng, vocab_size, prompt), output) for prompt, output in chat_lengths(count(256))]
+    return Workload("sharegpt", tuple(jobs))
+
+
 WORKLOADS: dict[str, Callable[[Random, int, Count], Workload]] = {
     "mixed": _mixed,
     "single": _single,
     "shared-prefix": _shared_prefix,
     "nano": _nano,
+    "sharegpt": _sharegpt,
 }
