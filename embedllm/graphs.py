@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embedllm import ops
 from embedllm.batch import Batch, round_rows
 from embedllm.kv_cache import KVCache
 from embedllm.plan_types import UNKNOWN, Plan
@@ -48,15 +49,15 @@ class CUDAGraphs:
     """Captures on the current device. All graphs share one pool of memory, which nothing else uses."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._pool: Any = None  # outlives the graphs, so that others can be captured after all were dropped
 
     def __call__(self, run: Callable[[], None]) -> Graph:
         run()  # kernels are compiled, and cuBLAS has its workspace
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile: the host program's, for all we know.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
-        self._pool = self._pool or graph.pool()
         return graph
 
 
@@ -115,6 +116,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Drop all graphs and what they hold."""
         self._steps.clear()
+        self._uses.clear()
 
 
 class _Step:
@@ -122,14 +124,15 @@ class _Step:
 
     def __init__(self, size: int, blocks: int, model: Model, kv: KVCache, last_tokens: Tensor) -> None:
         self._model, self._kv, self._last_tokens = model, kv, last_tokens
-        self._sizes = [size, size, size, size * blocks, size + 1, size, size]
-        self._buffer = torch.zeros(sum(self._sizes), dtype=torch.int32, device=kv.blocks.device)
-        ids, positions, slots, tables, query_starts, seq_lens, self._rows = torch.split(self._buffer, self._sizes)
-        slots.fill_(-1)
-        self._rows.fill_(-1)
-        self._size, self._blocks, self._ids = size, blocks, ids
+        self._sizes = [size, size, size, size + 1, size * blocks]
+        num_given = sum(self._sizes)
+        buffer = torch.zeros(num_given + 3 * size, dtype=torch.int32, device=kv.blocks.device)
+        self._given = buffer[:num_given]  # by the host; the rest the device derives from it
+        self._rows, self._known, positions, query_starts, tables = torch.split(self._given, self._sizes)
+        positions.fill_(-1)
+        ids, slots, seq_lens = torch.split(buffer[num_given:], size)
         self._batch = Batch(
-            buffer=self._buffer,
+            buffer=buffer,
             padded_ids=ids,
             padded_positions=positions,
             slots=slots,
@@ -146,32 +149,37 @@ class _Step:
 
     def run(self) -> None:
         """What is captured."""
+        batch = self._batch
         with torch.inference_mode():
-            known = self._last_tokens.index_select(0, self._rows.clamp(min=0))
-            self._ids.copy_(torch.where(self._rows >= 0, known, self._ids))
-            hidden = self._model.forward(self._batch, self._kv)
+            ops.prepare_decode(
+                self._rows,
+                self._known,
+                self._last_tokens,
+                batch.padded_positions,
+                batch.tables,
+                self._kv.block_size,
+                ids=batch.padded_ids,
+                slots=batch.slots,
+                seq_lens=batch.seq_lens,
+            )
+            hidden = self._model.forward(batch, self._kv)
         with torch.no_grad():
             self.logits = self._model.logits(hidden)
 
     def fill(self, plan: Plan) -> None:
-        """Queue a plan's numbers for the next replay; what is left of the size is padding."""
-        entries, size = plan.entries, self._kv.block_size
+        """Queue a plan's numbers for the next replay; what is left of the size is padding, at position -1."""
+        entries = plan.entries
         count = len(entries)
         packed = np.zeros(sum(self._sizes), np.int32)
-        views = np.split(packed, np.cumsum(self._sizes)[:-1])
-        ids, positions, slots, flat_tables, query_starts, seq_lens, rows = views
-        slots[count:] = rows[:] = -1
-        ids[:count] = [entry.tokens[0] for entry in entries]
-        unknown = ids[:count] == UNKNOWN
-        rows[:count][unknown] = np.array([entry.row for entry in entries], np.int32)[unknown]
-        ids[:count][unknown] = 0
-        position = positions[:count] = np.array([entry.start for entry in entries], np.int32)
-        seq_lens[:count] = position + 1
-        query_starts[:] = np.minimum(np.arange(self._size + 1), count)
-        tables = flat_tables.reshape(self._size, self._blocks)
+        rows, known, positions, query_starts, flat_tables = np.split(packed, np.cumsum(self._sizes)[:-1])
+        known[:count] = [entry.tokens[0] for entry in entries]
+        rows[:count] = np.where(known[:count] == UNKNOWN, [entry.row for entry in entries], -1)
+        positions[:count] = [entry.start for entry in entries]
+        positions[count:] = -1
+        query_starts[:] = np.minimum(np.arange(len(query_starts)), count)
+        tables = flat_tables.reshape(len(positions), -1)
         held = np.array([len(entry.blocks) for entry in entries])
-        tables[:count][np.arange(self._blocks) < held[:, None]] = np.frombuffer(
+        tables[:count][np.arange(tables.shape[1]) < held[:, None]] = np.frombuffer(
             b"".join([entry.blocks for entry in entries]), np.int32
         )
-        slots[:count] = tables[np.arange(count), position // size] * size + position % size
-        self._buffer.copy_(upload(torch.from_numpy(packed), self._buffer.device))
+        self._given.copy_(upload(torch.from_numpy(packed), self._given.device))

@@ -78,6 +78,36 @@ def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def block_copy(blocks: Tensor, source: Tensor, destination: Tensor) -> None:
+    """reference.block_copy in place; on a GPU no destination may be a source as well."""
+    if on_gpu(blocks.device):
+        from embedllm_kernels.triton.copy import block_copy as copy
+
+        copy(blocks, source, destination)
+    else:
+        blocks.index_copy_(0, destination, blocks.index_select(0, source))
+
+
+def prepare_decode(
+    rows: Tensor,
+    known: Tensor,
+    last_tokens: Tensor,
+    positions: Tensor,
+    tables: Tensor,
+    block_size: int,
+    *,
+    ids: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+) -> None:
+    """reference.prepare_decode, on a GPU in one launch."""
+    if on_gpu(rows.device):
+        from embedllm_kernels.triton.prepare import prepare_decode as prepare
+    else:
+        prepare = reference.prepare_decode
+    prepare(rows, known, last_tokens, positions, tables, block_size, ids=ids, slots=slots, seq_lens=seq_lens)
+
+
 def attention(batch: Batch, kv: KVCache, num_heads: int) -> Attention:
     """The attention of one step where its tensors are."""
     if on_gpu(kv.blocks.device):

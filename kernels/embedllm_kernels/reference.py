@@ -2,8 +2,8 @@
 
 Written for reading, not for speed: attention walks over the sequences one by one and holds one sequence's scores at a
 time. Statistics (norms, softmax, the router's) are float32 whatever the inputs are, results have the inputs' dtype.
-Knows no model. Invariant: only `kv_store` and `block_copy` write to an argument, and a slot that no token of the batch
-has written is never part of a result, even where it holds NaN.
+Knows no model. Invariant: only `kv_store`, `block_copy` and `prepare_decode` write to an argument, and a slot that no
+token of the batch has written is never part of a result, even where it holds NaN.
 
 Layout of KV: a layer's cache is [num_blocks, block_size, width]; one token's row holds its key heads, then its value
 heads: width = num_kv_heads * (k_dim + v_dim). Position p of a sequence is in block table[p // block_size], at offset
@@ -24,6 +24,7 @@ __all__ = [
     "linear",
     "moe",
     "paged_attention",
+    "prepare_decode",
     "rms_norm",
     "rotary",
     "route",
@@ -151,6 +152,32 @@ def block_copy(blocks: Tensor, source: Tensor, destination: Tensor) -> None:
     blocks[destination.long()] = blocks[source.long()]
 
 
+def prepare_decode(
+    rows: Tensor,
+    known: Tensor,
+    last_tokens: Tensor,
+    positions: Tensor,
+    tables: Tensor,
+    block_size: int,
+    *,
+    ids: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+) -> None:
+    """What a step reads that computes one token of each of n entries. Writes to ids, slots and seq_lens [n].
+
+    positions [n]: where in its sequence the token stands; -1 for padding, which gets id 0, slot -1 and length 0.
+    rows [n]: the row of last_tokens [rows] with the token's id; -1 where known [n] has it.
+    tables [n, max_blocks]: block ids. Entry i's slot is block · block_size + offset, its length positions[i] + 1.
+    """
+    real, place = positions >= 0, positions.clamp(min=0).long()
+    newest = last_tokens[rows.clamp(min=0).long()]
+    block = tables.gather(1, (place // block_size)[:, None])[:, 0]
+    ids.copy_(torch.where(real, torch.where(rows >= 0, newest, known), 0))
+    slots.copy_(torch.where(real, block * block_size + place % block_size, -1))
+    seq_lens.copy_(positions + 1)
+
+
 def paged_attention(
     q: Tensor,
     cache: Tensor,
@@ -163,6 +190,8 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Causal attention of a ragged batch over block tables: [tokens, heads, v_dim].
 
@@ -171,6 +200,7 @@ def paged_attention(
     tables [sequences, max_blocks]: block ids, read as far as seq_lens[i] needs. num_kv_heads divides heads.
     window: a query sees that many tokens, itself included. softcap: cap on scale · q·k before the mask.
     sinks [heads]: a logit per head that takes part in the softmax and adds no value (arXiv:2309.17453).
+    k_scale, v_scale: keys and values are the cache's times these, whose type may be float8_e4m3fn.
     """
     heads, k_dim = q.shape[1:]
     width = cache.shape[2]
@@ -179,8 +209,8 @@ def paged_attention(
     for i, length in enumerate(seq_lens.tolist()):
         first, last = query_starts[i : i + 2].tolist()
         rows = _rows_of(cache, tables[i], length)  # [length, width]: no slot beyond the sequence is read
-        k = rows[:, : num_kv_heads * k_dim].view(length, num_kv_heads, k_dim)
-        v = rows[:, num_kv_heads * k_dim :].view(length, num_kv_heads, v_dim)
+        k = rows[:, : num_kv_heads * k_dim].view(length, num_kv_heads, k_dim).float() * k_scale
+        v = rows[:, num_kv_heads * k_dim :].view(length, num_kv_heads, v_dim).float() * v_scale
         position = torch.arange(length - (last - first), length, device=q.device)[:, None]
         key = torch.arange(length, device=q.device)[None]
         seen = key <= position
@@ -199,9 +229,9 @@ def _rows_of(cache: Tensor, table: Tensor, length: int) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """q [n, heads, k_dim], k [m, kv_heads, k_dim], v [m, kv_heads, v_dim], seen [n, m] → [n, heads, v_dim]."""
+    """q [n, heads, k_dim], float32 k [m, kv_heads, k_dim] and v [m, kv_heads, v_dim], seen [n, m] → as q."""
     shared = q.shape[1] // k.shape[1]  # query heads per KV head
-    scores = torch.einsum("nhd,mhd->hnm", q.float(), k.float().repeat_interleave(shared, 1)) * scale
+    scores = torch.einsum("nhd,mhd->hnm", q.float(), k.repeat_interleave(shared, 1)) * scale
     if softcap is not None:
         scores = soft_cap(scores, softcap)
     scores = scores.masked_fill(~seen, -torch.inf)
@@ -209,4 +239,4 @@ def _attend(
         sink = sinks.float()[:, None, None].expand(-1, q.shape[0], 1)
         scores = torch.cat((scores, sink), -1)
     share = torch.softmax(scores, -1)[..., : k.shape[0]]
-    return torch.einsum("hnm,mhd->nhd", share, v.float().repeat_interleave(shared, 1)).to(q.dtype)
+    return torch.einsum("hnm,mhd->nhd", share, v.repeat_interleave(shared, 1)).to(q.dtype)

@@ -15,7 +15,7 @@ from tests.kernels.paged import MIXES, Ragged, draw
 
 pytest.importorskip("triton")
 from embedllm_kernels.triton.attention import paged_attention, split_count, workspace_size
-from embedllm_kernels.triton.tuning import LAUNCHES, Launch, launch_for
+from embedllm_kernels.triton.tuning import FLOAT8_LAUNCHES, LAUNCHES, Launch, launch_for
 
 # The interpreter computes with numpy, which warns of what hardware does silently: exp(-x) → inf, 1 / inf → 0.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -267,7 +267,11 @@ def test_launch_table() -> None:
     assert launch_for("decode", (12, 1), 128, 2) == launch_for("decode", (0, 0), 128, 2)
     assert launch_for("prefill", (9, 0), 128, 2).block_m == 128
     assert launch_for("prefill", (9, 0), 128, 4).tile == 16
+    assert launch_for("prefill", (8, 0), 128, 2, True) == launch_for("prefill", (12, 1), 128, 2, True)
+    assert launch_for("prefill", (8, 0), 128, 2, True).block_m < launch_for("prefill", (9, 0), 128, 2, True).block_m
+    assert launch_for("decode", (9, 0), 256, 2, True).tile == launch_for("prefill", (9, 0), 128, 4, True).tile == 16
     wide, wider = launch_for("prefill", (9, 0), 256, 2), launch_for("prefill", (9, 0), 512, 2)
     assert (wider.block_m, wider.tile) == (wide.block_m // 2, wide.tile // 2)
-    sizes = {size for pair in LAUNCHES.values() for launch in pair for size in (launch.block_m, launch.tile)}
+    pairs = [*LAUNCHES.values(), *FLOAT8_LAUNCHES.values()]
+    sizes = {size for pair in pairs for launch in pair for size in (launch.block_m, launch.tile)}
     assert all(size >= 16 and size.bit_count() == 1 for size in sizes)

@@ -5,6 +5,7 @@ import pytest
 from tests.kernels.compiled import Build, compile_for
 
 pytest.importorskip("triton")
+from embedllm_kernels.triton.attention import FLOAT8_SINCE
 from embedllm_kernels.triton.tuning import launch_for
 
 KIB = 1_024
@@ -14,7 +15,7 @@ SIGNATURE = {
     **dict.fromkeys(("sums", "stats", "sinks"), "*fp32"),
     **dict.fromkeys(("q_token", "q_head", "out_token", "out_head", "block_stride", "slot_stride"), "i32"),
     **dict.fromkeys(("table_stride", "value_column", "sequences", "splits"), "i32"),
-    **dict.fromkeys(("inner", "unit"), "fp32"),
+    **dict.fromkeys(("inner", "unit", "v_scale"), "fp32"),
 }
 DIVISIBLE = ("q", "cache", "out", "sums", "q_token", "q_head", "out_token", "out_head", "block_stride", "slot_stride")
 PATHS = {
@@ -36,9 +37,10 @@ def attention(
     sinks: bool = False,
     direct: bool = False,
     dtype: str = "bf16",
+    float8: bool = False,
 ) -> Build:
     padded = 1 << (dim - 1).bit_length()
-    launch = launch_for(form, capability, padded, 4 if dtype == "fp32" else 2)
+    launch = launch_for(form, capability, padded, 4 if dtype == "fp32" else 2, float8)
     constants = {
         "GROUP": group,
         "K_DIM": dim,
@@ -57,6 +59,8 @@ def attention(
         constants["sinks"] = None
     absent = {"decode": {"sequences", "splits"}, "prefill": {"sums", "stats", "splits"}}[form]
     signature = {name: kind.replace("bf16", dtype) for name, kind in SIGNATURE.items() if name not in absent}
+    if float8:
+        signature["cache"] = "*u8" if capability < FLOAT8_SINCE else "*fp8e4nv"
     divisible = tuple(name for name in (*DIVISIBLE, "value_column") if name in signature)
     return Build(PATHS[form], signature, constants, divisible, launch.num_warps, launch.num_stages)
 
@@ -107,3 +111,29 @@ def test_compiles(capability: tuple[int, int]) -> None:
         assert taken.shared <= whole * KIB, name
         if "merge" not in name and "float32" not in name:
             assert (dots if "prefill" in name else "mma") in taken.ptx, name
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=str)
+def test_compiles_over_float8(capability: tuple[int, int]) -> None:
+    """Bytes are put together by integers where there is no instruction for it, and each is as exact as the other:
+    every value of float8_e4m3fn is one of float16, through which the instruction goes."""
+    options = {"group": 8, "sinks": True, "window": 512, "capped": True}
+    builds = {
+        "decode": attention("decode", capability, float8=True),
+        "decode, all options": attention("decode", capability, direct=True, float8=True, **options),
+        "decode, 64 rows": attention("decode", capability, group=5, rows=64, float8=True),
+        "decode, 256": attention("decode", capability, dim=256, float8=True),
+        "decode, float32": attention("decode", capability, dtype="fp32", float8=True),
+        "prefill": attention("prefill", capability, float8=True),
+        "prefill, all options": attention("prefill", capability, float8=True, **options),
+        "prefill, 256": attention("prefill", capability, dim=256, float8=True),
+        "prefill, float32": attention("prefill", capability, dtype="fp32", float8=True),
+    }
+    found = dict(zip(builds, compile_for(10 * capability[0] + capability[1], list(builds.values())), strict=True))
+    assert {name: taken.local for name, taken in found.items() if taken.local} == {}
+    for name, taken in found.items():
+        assert ("cvt.rn.f16x2.e4m3x2" in taken.ptx) == (capability >= FLOAT8_SINCE), name
+        assert "mul.ftz" not in taken.ptx, f"{name}: subnormals are lost"
+        assert taken.shared <= 99 * KIB, name
+    assert found["decode"].registers <= 168, "fewer than three programs fit into a processor"
+    assert found["decode"].ptx.count("cp.async.cg") >= 6, "keys and values are not copied ahead"

@@ -1,126 +1,92 @@
-"""A step's inputs built from per-row state, against plain loops, interpreted; and what it takes when compiled."""
+"""What a decoding step reads, by the reference and by its twin, against a plain loop; what the twin takes compiled."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from embedllm_kernels import reference
 from tests.kernels.compiled import Build, compile_for
 
 pytest.importorskip("triton")
-from embedllm_kernels.triton.prepare import prepare_decode, scatter_tokens
+from embedllm_kernels.triton.prepare import prepare_decode
+
+TWINS = pytest.mark.parametrize("prepare", [reference.prepare_decode, prepare_decode], ids=["reference", "triton"])
+Given = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # rows, known, last_tokens, positions, tables
 
 
-def prepared(rows: Tensor, last_tokens: Tensor, positions: Tensor, tables: Tensor, block_size: int) -> list[list[int]]:
-    """ids, positions, slots and lengths."""
-    found: list[list[int]] = [[], [], [], []]
-    for row in rows.tolist():
-        position = int(positions[row])
-        index = position // block_size
-        if row < 0 or index >= tables.shape[1]:
-            entry = 0, 0, -1, 0
-        else:
-            slot = int(tables[row, index]) * block_size + position % block_size
-            entry = int(last_tokens[row]), position, slot, position + 1
+def expected(
+    rows: Tensor, known: Tensor, last_tokens: Tensor, positions: Tensor, tables: Tensor, block_size: int
+) -> list[list[int]]:
+    """ids, slots and lengths."""
+    found: list[list[int]] = [[], [], []]
+    for i, position in enumerate(positions.tolist()):
+        entry = 0, -1, 0
+        if position >= 0:
+            token = int(known[i]) if rows[i] < 0 else int(last_tokens[rows[i]])
+            entry = token, int(tables[i, position // block_size]) * block_size + position % block_size, position + 1
         for values, value in zip(found, entry, strict=True):
             values.append(value)
     return found
 
 
-def scattered(sampled: Tensor, rows: Tensor, last_tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    last_tokens, positions = last_tokens.clone(), positions.clone()
-    for token, row in zip(sampled.tolist(), rows.tolist(), strict=True):
-        if row >= 0:
-            last_tokens[row] = token
-            positions[row] += 1
-    return last_tokens, positions
-
-
-def state(seed: int, num_rows: int, max_blocks: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions and tables; ids of blocks up to what int32 slots reach."""
+def given(seed: int, entries: int, block_size: int) -> Given:
+    """Known and unknown ids and padding in any order; ids of blocks up to what int32 slots reach."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(high: int, *shape: int) -> Tensor:
-        return torch.randint(0, high, shape, generator=generator, dtype=torch.int32)
+    def ints(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
 
-    tables = draw((2**31 - 1) // block_size, num_rows, max_blocks + 3)[:, :max_blocks]  # rows with a gap
-    return draw(150_000, num_rows), draw(max_blocks * block_size, num_rows), tables
-
-
-def rows_of(seed: int, entries: int, num_rows: int) -> Tensor:
-    """Rows in any order, each fourth entry padding."""
-    rows = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))[:entries].int()
-    rows[3::4] = -1
-    return rows
+    tables = ints(0, (2**31 - 1) // block_size, entries, 10)[:, :7]  # rows with a gap
+    positions = ints(0, 7 * block_size, entries)
+    positions[3::4] = -1
+    rows = ints(0, 301, entries)
+    rows[::3] = -1
+    return rows, ints(0, 150_000, entries), ints(0, 150_000, 301), positions, tables
 
 
 def out(entries: int) -> list[Tensor]:
-    """Four outputs packed into one buffer, at odd places in it, with a value behind each."""
-    buffer = torch.full((4, entries + 1), -77, dtype=torch.int32)
+    """Three outputs packed into one buffer, at odd places in it, with a value behind each."""
+    buffer = torch.full((3, entries + 1), -77, dtype=torch.int32)
     return [row[:entries] for row in buffer]
 
 
+@TWINS
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("entries", [1, 5, 127, 128, 300])
-def test_prepare_equals_the_loop(entries: int, block_size: int, test_seed: int) -> None:
-    tokens, positions, tables = state(test_seed, 301, 7, block_size)
-    rows = rows_of(test_seed, entries, 301)
-    given = tokens.clone(), positions.clone(), tables.clone()
-    found = out(entries)
-    prepare_decode(rows, tokens, positions, tables, block_size, *found)
-    assert [values.tolist() for values in found] == prepared(rows, tokens, positions, tables, block_size)
+def test_equals_the_loop(prepare: Callable[..., None], entries: int, block_size: int, test_seed: int) -> None:
+    case = given(test_seed, entries, block_size)
+    before, found = [values.clone() for values in case], out(entries)
+    prepare(*case, block_size, ids=found[0], slots=found[1], seq_lens=found[2])
+    assert [values.tolist() for values in found] == expected(*case, block_size)
     assert all(values.as_strided((1,), (1,), values.storage_offset() + entries).item() == -77 for values in found)
-    assert all(torch.equal(a, b) for a, b in zip(given, (tokens, positions, tables), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, case, strict=True))
 
 
-def test_a_position_past_its_table_has_no_slot() -> None:
-    """It must not take the block that begins the next row's table."""
-    tables = torch.tensor([[4, 5], [6, 7]], dtype=torch.int32)
-    positions = torch.tensor([8, 7], dtype=torch.int32)
-    found = out(2)
-    prepare_decode(torch.tensor([0, 1], dtype=torch.int32), torch.tensor([9, 9]).int(), positions, tables, 4, *found)
-    assert [values.tolist() for values in found] == [[0, 9], [0, 7], [-1, 31], [0, 8]]
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("entries", [1, 5, 127, 128, 300])
-def test_scatter_equals_the_loop(entries: int, dtype: torch.dtype, test_seed: int) -> None:
-    tokens, positions, _ = state(test_seed, 301, 7, 16)
-    rows = rows_of(test_seed, entries, 301)
-    sampled = torch.randint(0, 150_000, (entries,), generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = scattered(sampled, rows, tokens, positions)
-    scatter_tokens(sampled, rows, tokens, positions)
-    assert torch.equal(tokens, expected[0]) and torch.equal(positions, expected[1])
-
-
-def test_steps_follow_each_other_without_the_host() -> None:
-    """Three steps over a block's end, each fed by the tokens of the one before."""
-    tokens, positions = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 3, 0], dtype=torch.int32)
-    tables = torch.tensor([[0, 0], [5, 2], [0, 0]], dtype=torch.int32)
-    rows, found, seen = torch.tensor([1], dtype=torch.int32), out(1), []
-    for sampled in (11, 12, 13):
-        scatter_tokens(torch.tensor([sampled]), rows, tokens, positions)
-        prepare_decode(rows, tokens, positions, tables, 4, *found)
-        seen.append([values.item() for values in found])
-    assert seen == [[11, 4, 8, 5], [12, 5, 9, 6], [13, 6, 10, 7]]
+@TWINS
+def test_padding_is_not_looked_up(prepare: Callable[..., None]) -> None:
+    """Its row and its table may name what is not there."""
+    far = torch.tensor([2**30, 0], dtype=torch.int32)
+    positions, found = torch.tensor([-1, 6], dtype=torch.int32), out(2)
+    rows = torch.tensor([-1 if prepare is reference.prepare_decode else 2**30, 0], dtype=torch.int32)
+    tables = torch.stack((far, torch.tensor([4, 9], dtype=torch.int32)))
+    prepare(rows, far, far[1:] + 8, positions, tables, 4, ids=found[0], slots=found[1], seq_lens=found[2])
+    assert [values.tolist() for values in found] == [[0, 8], [-1, 38], [0, 7]]
 
 
 def test_nothing_to_do() -> None:
-    none = torch.zeros(0, dtype=torch.int32)
-    some = torch.tensor([5, 6], dtype=torch.int32)
-    prepare_decode(none, some, some, some[None], 4, none, none, none, none)
-    scatter_tokens(none, none, some, some)
+    none, some = torch.zeros(0, dtype=torch.int32), torch.tensor([5, 6], dtype=torch.int32)
+    prepare_decode(none, none, some, none, some[None], 4, ids=none, slots=none, seq_lens=none)
     assert some.tolist() == [5, 6]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles(capability: int) -> None:
-    state = dict.fromkeys(("rows", "last_tokens", "positions_by_row"), "*i32")
-    outputs = dict.fromkeys(("out_ids", "out_positions", "out_slots", "out_seq_lens"), "*i32")
-    sizes = dict.fromkeys(("size", "block_size", "max_blocks", "table_stride"), "i32")
-    module, constants = "embedllm_kernels.triton.prepare", {"BLOCK": 128}
-    builds = [
-        Build(f"{module}:_prepare_decode", {**state, "tables_by_row": "*i32", **outputs, **sizes}, constants),
-        Build(f"{module}:_scatter_tokens", {**state, "sampled": "*i64", "size": "i32"}, constants),
-    ]
-    for found in compile_for(capability, builds):
-        assert found.registers <= 64 and found.local == 0 and found.shared == 0
+    tensors = ("rows", "known", "last_tokens", "positions", "tables", "out_ids", "out_slots", "out_seq_lens")
+    sizes = dict.fromkeys(("size", "block_size", "table_stride"), "i32")
+    signature = {**dict.fromkeys(tensors, "*i32"), **sizes}
+    (found,) = compile_for(
+        capability, [Build("embedllm_kernels.triton.prepare:_prepare_decode", signature, {"BLOCK": 128})]
+    )
+    assert found.registers <= 64 and found.local == 0 and found.shared == 0

@@ -21,6 +21,7 @@ MAX_DECODE_ROWS = 64  # query tokens · heads per KV head; more rows than that a
 MAX_SPLITS = 64
 PROGRAMS_PER_SM = 3  # that the decode form aims at
 SPLIT_KEYS = 64  # the fewest keys that are worth a split of their own
+FLOAT8_SINCE = (8, 9)  # the first compute capability that converts float8_e4m3fn
 
 
 def split_count(num_sequences: int, num_kv_heads: int, num_sms: int, max_keys: int) -> int:
@@ -64,6 +65,8 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     out: Tensor | None = None,
     max_query_len: int,
     max_seq_len: int,
@@ -72,7 +75,7 @@ def paged_attention(
     form: str | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """reference.paged_attention; the last dimensions of q, cache and out are contiguous, scale is positive.
+    """reference.paged_attention; the last dimensions of q, cache and out are contiguous, scale and k_scale positive.
 
     max_query_len: no sequence has more queries (they would be left out); the decode form needs it. max_seq_len: about
     the longest sequence, for the number of splits only; num_splits overrides it. workspace: workspace_size(...) float32
@@ -81,6 +84,7 @@ def paged_attention(
     """
     tokens, heads, k_dim = q.shape
     v_dim = cache.shape[2] // num_kv_heads - k_dim
+    scale *= k_scale
     if scale <= 0 or q.stride(2) != 1 or cache.stride(2) != 1:
         raise ValueError("scale must be positive, and the last dimensions of q and cache contiguous")
     out = torch.empty((tokens, heads, v_dim), dtype=q.dtype, device=q.device) if out is None else out
@@ -89,13 +93,13 @@ def paged_attention(
         return out
     form = form or _form(max_query_len, group)
     k_pad, v_pad = max(LEAST, triton.next_power_of_2(k_dim)), max(LEAST, triton.next_power_of_2(v_dim))
-    launch = launch or launch_for(form, _capability(q.device), max(k_pad, v_pad), q.element_size())
+    launch = launch or _launch(form, q, cache, max(k_pad, v_pad))
     strides = (q.stride(0), q.stride(1), out.stride(0), out.stride(1), cache.stride(0), cache.stride(1))
     logits = (scale, scale * LOG2_E) if softcap is None else (scale / softcap, softcap * LOG2_E)
-    head = (*strides, tables.stride(0), num_kv_heads * k_dim, *logits)
+    head = (*strides, tables.stride(0), num_kv_heads * k_dim, *logits, v_scale)
     constants = (group, k_dim, v_dim, k_pad, v_pad, cache.shape[1], window or 0, softcap is not None)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    inputs = (q, cache, tables, query_starts, seq_lens, sinks, out)
+    inputs = (q, _readable(cache), tables, query_starts, seq_lens, sinks, out)
     if form == "prefill":
         block_m = max(launch.block_m, triton.next_power_of_2(group))
         grid = (tokens // (block_m // group) + sequences, num_kv_heads)
@@ -107,11 +111,10 @@ def paged_attention(
         num_splits = split_count(sequences, num_kv_heads, _num_sms(q.device), seen)
     block_m = max(launch.block_m, triton.next_power_of_2(max_query_len * group))
     sums, stats = _parts(workspace, out, num_splits)
-    direct = num_splits == 1
     _decode[(sequences, num_kv_heads, num_splits)](
-        *inputs, sums, stats, *head, *constants, direct, block_m, launch.tile, **options
+        *inputs, sums, stats, *head, *constants, num_splits == 1, block_m, launch.tile, **options
     )
-    if not direct:
+    if num_splits > 1:
         _merge[(sequences * max_query_len, heads)](
             sums, stats, query_starts, seq_lens, out, num_splits, out.stride(0), out.stride(1), max_query_len,
             v_dim, v_pad, window or 0, launch.tile, triton.next_power_of_2(num_splits), num_warps=4,
@@ -140,6 +143,19 @@ def _parts(workspace: Tensor | None, out: Tensor, num_splits: int) -> tuple[Tens
         raise ValueError(f"the workspace has {workspace.numel()} {workspace.dtype}; {size} float32 are needed")
     first = tokens * heads * num_splits * v_dim
     return workspace[:first], workspace[first:size]
+
+
+def _is_float8(cache: Tensor) -> bool:
+    return cache.dtype == torch.float8_e4m3fn
+
+
+def _launch(form: str, q: Tensor, cache: Tensor, dim: int) -> Launch:
+    return launch_for(form, _capability(q.device), dim, q.element_size(), _is_float8(cache))
+
+
+def _readable(cache: Tensor) -> Tensor:
+    """The cache, as bytes where it is float8 and the GPU has no instruction that converts that."""
+    return cache.view(torch.uint8) if _is_float8(cache) and _capability(cache.device) < FLOAT8_SINCE else cache
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def _tiles(length, count, TILE: tl.constexpr, WINDOW: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def _decode(
     q, cache, tables, query_starts, seq_lens, sinks, out, sums, stats,
-    q_token, q_head, out_token, out_head, block_stride, slot_stride, table_stride, value_column, inner, unit,
+    q_token, q_head, out_token, out_head, block_stride, slot_stride, table_stride, value_column, inner, unit, v_scale,
     GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     DIRECT: tl.constexpr,  # the only split: writes the result
@@ -58,6 +58,7 @@ def _decode(
             acc, peak, total, queries, keys, values, table, i * TILE, lowest, length, position, block_stride,
             slot_stride, inner, unit, K_DIM, V_DIM, BLOCK_SIZE, TILE, WINDOW, CAPPED, True,
         )  # fmt: skip
+    acc = acc * v_scale
     if DIRECT:
         acc = acc / total[:, None]
         store_result(out, acc, token, head, begin + count, out_token, out_head, V_DIM, V_PAD)

@@ -29,7 +29,7 @@ def _sequence_of(query_starts, index, sequences, BLOCK_Q: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def _prefill(
     q, cache, tables, query_starts, seq_lens, sinks, out, sequences,
-    q_token, q_head, out_token, out_head, block_stride, slot_stride, table_stride, value_column, inner, unit,
+    q_token, q_head, out_token, out_head, block_stride, slot_stride, table_stride, value_column, inner, unit, v_scale,
     GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -75,5 +75,5 @@ def _prefill(
             acc, peak, total, queries, keys, values, table, tile * TILE, lowest, context + last, position, block_stride,
             slot_stride, inner, unit, K_DIM, V_DIM, BLOCK_SIZE, TILE, WINDOW, CAPPED, True,
         )  # fmt: skip
-    acc = acc / total[:, None]
+    acc = acc * v_scale / total[:, None]
     store_result(out, acc, token, head, begin + last, out_token, out_head, V_DIM, V_PAD)

@@ -4,6 +4,9 @@ The rows of a tile of queries are the query heads of one KV head, token after to
 m // group. A row's state is (acc, peak, total): Σ 2^(x - peak) · value, the largest x so far, and Σ 2^(x - peak), where
 x is a logit times log2(e). Invariant: a slot outside [first, end) is neither read nor looked up in the block table, so
 what is in it cannot reach a result; a row that has seen no key has total 0 and a finite peak, never NaN.
+
+A cache of float8_e4m3fn comes as float8e4nv where the GPU converts it by an instruction, else as uint8, whose bits are
+put together here. Both are exact, because every value of that type is one of float16, bfloat16 and float32.
 """
 
 from __future__ import annotations
@@ -45,13 +48,24 @@ def start_rows(sinks, head, counted):
 
 
 @triton.jit
-def _load_rows(base, offset, inside, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """[keys, PADDED]: the rows at `offset`, zeros where not `inside`."""
+def _from_e4m3(byte):
+    """The float32 whose bits as float8_e4m3fn are `byte` (uint8): sign, 4 bits of exponent, 3 of mantissa."""
+    bits = byte.to(tl.int8, bitcast=True).to(tl.int32) << 20  # where float32, with exponents 120 higher, has them
+    value = (bits & -0x78100000).to(tl.float32, bitcast=True) * 1.3292279957849159e36  # 2^120, exact for subnormals
+    return tl.where(tl.abs(value) > 448.0, float("nan"), value)  # 0x7F and 0xFF, which would be ±480
+
+
+@triton.jit
+def _load_rows(base, offset, inside, TYPE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """[keys, PADDED] of TYPE: the rows at `offset`, zeros where not `inside`."""
     column = tl.arange(0, PADDED)
     mask = inside[:, None]
     if DIM < PADDED:
         mask = mask & (column < DIM)[None, :]
-    return tl.load(base + offset[:, None] + column[None, :], mask=mask, other=0.0)
+    rows = tl.load(base + offset[:, None] + column[None, :], mask=mask, other=0.0)
+    if rows.dtype == tl.uint8:
+        rows = _from_e4m3(rows)
+    return rows.to(TYPE)
 
 
 @triton.jit
@@ -90,7 +104,7 @@ def attend(
         inside = tl.full([TILE], 1, tl.int1)
     block = tl.load(table + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     offset = block * block_stride + (key % BLOCK_SIZE) * slot_stride
-    k = _load_rows(keys, offset, inside, K_DIM, q.shape[1]).to(q.dtype)
+    k = _load_rows(keys, offset, inside, q.dtype, K_DIM, q.shape[1])
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
     if CAPPED:
         score = 2.0 * tl.sigmoid(2.0 * inner * score) - 1.0  # tanh
@@ -99,7 +113,7 @@ def attend(
         if WINDOW > 0:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
         score = tl.where(seen, score, float("-inf"))
-    v = _load_rows(values, offset, inside, V_DIM, acc.shape[1]).to(q.dtype)
+    v = _load_rows(values, offset, inside, q.dtype, V_DIM, acc.shape[1])
     higher = tl.maximum(peak, tl.max(score, 1) * unit)
     share = tl.exp2(score * unit - higher[:, None])
     kept = tl.exp2(peak - higher)

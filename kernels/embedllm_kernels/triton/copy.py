@@ -17,7 +17,8 @@ BLOCK = 2_048
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
-@triton.jit
+# Indices are parts of one buffer: where in it they start says nothing of the next call.
+@triton.jit(do_not_specialize=["source", "destination"])
 def _block_copy(blocks, source, destination, size, stride, BLOCK: tl.constexpr):
     copy = tl.program_id(0)
     read = blocks + tl.load(source + copy).to(tl.int64) * stride
@@ -30,7 +31,8 @@ def _block_copy(blocks, source, destination, size, stride, BLOCK: tl.constexpr):
 def block_copy(blocks: Tensor, source: Tensor, destination: Tensor) -> None:
     """reference.block_copy where no destination is also a source. Writes to `blocks`.
 
-    blocks [num_blocks, ...], each block one run of bytes; source, destination [copies] of any integer type.
+    blocks [num_blocks, ...], each block one run of bytes; source, destination [copies] of any integer type,
+    contiguous.
     """
     if source.shape != destination.shape:
         raise ValueError(f"{len(source)} sources, {len(destination)} destinations")

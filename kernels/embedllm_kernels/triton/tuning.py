@@ -41,16 +41,25 @@ LAUNCHES: dict[tuple[str, tuple[int, int] | None], tuple[Launch, Launch]] = {
     ("prefill", (10, 0)): (Launch(128, 64, 8, 3), Launch(128, 32, 8, 3)),
     ("prefill", None): (Launch(64, 64, 8, 3), Launch(64, 32, 8, 3)),
 }
+# The same for a cache of float8, whose conversion takes registers: every warp converts all keys, but for those that
+# matrix units of 9.0 and later read from shared memory.
+FLOAT8_LAUNCHES: dict[tuple[str, tuple[int, int] | None], tuple[Launch, Launch]] = {
+    ("decode", None): (Launch(16, 32, 4, 5), Launch(16, 16, 4, 5)),
+    ("prefill", (9, 0)): (Launch(128, 64, 8, 3), Launch(128, 32, 8, 3)),
+    ("prefill", None): (Launch(64, 64, 8, 3), Launch(64, 32, 8, 3)),
+}
 LEAST = 16  # the fewest rows or keys that a matrix unit takes
 FLOAT32 = Launch(LEAST, LEAST, 8, 2)  # exact products use no matrix unit and hold their operands in registers
 
 
-def launch_for(form: str, capability: tuple[int, int], dim: int, element_size: int) -> Launch:
-    """form: "decode" or "prefill". dim: of one head's key or value, padded to a power of two."""
+def launch_for(
+    form: str, capability: tuple[int, int], dim: int, element_size: int, float8_cache: bool = False
+) -> Launch:
+    """form: "decode" or "prefill". dim: of one head's key or value, padded to a power of two; element_size: of q."""
     if element_size > 2:
         return FLOAT32
-    known = (form, capability) if (form, capability) in LAUNCHES else (form, None)
-    narrow, wide = LAUNCHES[known]
+    table = FLOAT8_LAUNCHES if float8_cache else LAUNCHES
+    narrow, wide = table[form, capability] if (form, capability) in table else table[form, None]
     if dim <= NARROW:
         return narrow
     excess = -(-dim // (2 * NARROW))  # wider still: fewer rows and keys, of as many bytes as `wide`
