@@ -84,6 +84,8 @@ class BlockPool:
             self._refs[block] -= 1
             if self._refs[block] == 0:
                 self._retire(block)
+            elif self.recorder is not None:
+                self.recorder.append((events.RELEASE, block, self._refs[block]))
 
     def _retire(self, block: int) -> None:
         if block in self._key_of:

@@ -1,22 +1,13 @@
-"""How big an engine is, and how its options are spelled.
+"""How big an engine is: the frozen numbers the scheduler works within.
 
-Owns the frozen numbers the scheduler works within and the parsing of memory sizes. Knows no model and no device.
-Invariant: a Limits that exists can run at least one token of one sequence.
+Knows no model and no device. Invariant: a Limits that exists can run at least one token of one sequence.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any
 
 from embedllm.errors import InvalidRequest, RequestTooLong
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("iB", 1024), ("B", 1000))
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +35,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_batch_tokens", "max_queued"):
-            _positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         if self.max_batch_tokens < self.max_num_seqs:
             raise InvalidRequest(
                 f"max_batch_tokens={self.max_batch_tokens} is below max_num_seqs={self.max_num_seqs}: "
@@ -78,75 +69,7 @@ class Limits:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options of `LLM(...)`, as given; see there."""
-
-    dtype: str = "auto"
-    device: str = "auto"
-    kv_cache_memory: int | float | str = "auto"
-    num_kv_blocks: int | None = None
-    block_size: int = 16
-    max_model_len: int | str = "auto"
-    max_num_seqs: int | str = "auto"
-    max_batch_tokens: int | str = "auto"
-    prefix_caching: bool = True
-    chunked_prefill: bool = True
-    quantization: str | None = None
-    speculative: Any = None
-    seed: int = 0
-    tokenizer: Any = "auto"
-    revision: str | None = None
-    token: str | bool | None = None
-    trust_remote_code: bool = False
-    progress: bool | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_batch_tokens"):
-            if getattr(self, name) != "auto":
-                _positive(name, getattr(self, name), ' or "auto"')
-        _positive("block_size", self.block_size)
-        if self.num_kv_blocks is not None:
-            _positive("num_kv_blocks", self.num_kv_blocks)
-        for name in ("prefix_caching", "chunked_prefill", "trust_remote_code"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequest(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.progress is not None and not isinstance(self.progress, bool):
-            raise InvalidRequest(f"progress must be True, False or None, got {self.progress!r}")
-        if self.revision is not None and not isinstance(self.revision, str):
-            raise InvalidRequest(f"revision must be a branch, tag or commit, got {self.revision!r}")
-        for name in ("quantization", "speculative"):
-            if getattr(self, name) is not None:
-                raise InvalidRequest(f"{name}={getattr(self, name)!r} is not available yet; leave it None")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise InvalidRequest(f"seed must be an integer from 0 to 2**63-1, got {self.seed!r}")
-        if self.kv_cache_memory != "auto":
-            parse_memory(self.kv_cache_memory, 1 << 40)  # refused here rather than after the weights are loaded
-
-
-def _positive(name: str, value: object, otherwise: str = "") -> None:
+def check_positive(name: str, value: object, otherwise: str = "") -> None:
+    """Raises InvalidRequest for what is not an integer of at least 1."""
     if type(value) is not int or value < 1:
         raise InvalidRequest(f"{name} must be an integer of at least 1{otherwise}, got {value!r}")
-
-
-def parse_memory(value: int | float | str, free: int) -> int:
-    """Bytes from an int (bytes), a float in (0, 1) (share of `free`), or a string like "4GiB", "512MB", "50%"."""
-    share: float = 0
-    size: float = 0
-    if isinstance(value, float):
-        share = value
-    elif type(value) is int:
-        size = value
-    elif isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)\s*", value)):
-        if match[2] == "%":
-            share = float(match[1]) / 100
-        elif match[2] in _UNITS:
-            size = float(match[1]) * _UNITS[match[2]]
-    if 0 < share < 1:
-        return int(share * free)
-    if 1 <= size < float("inf"):
-        return int(size)
-    raise InvalidRequest(
-        f"memory size {value!r} is not understood: use bytes (int), a share of free memory (float between 0 and 1), "
-        'or a string such as "4GiB" or "50%"'
-    )

@@ -10,12 +10,14 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from embedllm.config import Limits, Options, parse_memory
+from embedllm.config import Limits
 from embedllm.engine import Engine
 from embedllm.errors import InvalidRequest, MissingDependency, OutOfMemory
+from embedllm.options import Options, parse_memory
 from embedllm.pace import Pace
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
 from embedllm.worker import Worker
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
     import torch
 
     from embedllm.kv_cache import KVGroup
+    from embedllm.models.hub import Snapshot
     from embedllm.models.load import Loaded
 
+OBJECT_BLOCKS = 4_096  # of a model that is an object and takes no memory
 BATCH_TOKENS = 8_192  # most per step; on a CPU the pace keeps them to what fits in STEP_SECONDS
 STEP_SECONDS = 0.150  # a CPU step is kept this short, so that Stop is felt and nobody waits long behind a prompt
 
@@ -68,6 +72,8 @@ class Core:
         *,
         info: ModelInfo,
         limits: Limits,
+        options: Options,
+        limits_for: Callable[[Options], Limits],
         tokenizer: TokenizerProtocol | None,
         defaults: dict[str, Any],
         eos_ids: tuple[int, ...],
@@ -77,6 +83,7 @@ class Core:
     ) -> None:
         self.info = info
         self.limits = limits
+        self._options, self._limits_for = options, limits_for
         self.tokenizer = tokenizer
         self.defaults = defaults
         self.memory = memory
@@ -85,12 +92,7 @@ class Core:
             limits,
             tokenizer=tokenizer,
             eos_ids=eos_ids,
-            logits_of=getattr(runner, "logits", None),
-            close=getattr(runner, "close", None),
             pace=pace,
-            depth=getattr(runner, "depth", 1),
-            remember=getattr(runner, "remember", None),
-            device=getattr(runner, "device", "cpu"),
             debug=bool(os.environ.get("EMBEDLLM_CHECK")),
         )
         # The LLMs that share it, each with the notebook cell and the run of it that made it.
@@ -99,6 +101,17 @@ class Core:
         # Before the thread runs: whatever happens to whoever asked for this core, the thread ends with it.
         weakref.finalize(self, self.worker.stop).atexit = False
         self.worker.start()
+
+    def resize_kv(self, kv_cache_memory: int | float | str, num_kv_blocks: int | None) -> None:
+        """See LLM.resize_kv."""
+        options = replace(self._options, kv_cache_memory=kv_cache_memory, num_kv_blocks=num_kv_blocks)
+        limits = self._limits_for(options)
+
+        def resize(engine: Engine) -> None:
+            engine.resize(limits)
+            self.limits, self.info = limits, replace(self.info, max_model_len=limits.max_model_len)
+
+        self.worker.call(resize)
 
 
 def build(model: Any, options: Options) -> Core:
@@ -113,32 +126,37 @@ def build(model: Any, options: Options) -> Core:
 
 
 def _from_object(model: Any, options: Options) -> Core:
-    max_model_len = _auto(options.max_model_len, model.max_model_len)
     max_num_seqs = _auto(options.max_num_seqs, max_sequences("cpu"))
-    limits = Limits(
-        block_size=options.block_size,
-        num_blocks=options.num_kv_blocks or 4_096,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_batch_tokens=_auto(options.max_batch_tokens, max(512, max_num_seqs)),
-        vocab_size=model.vocab_size,
-        num_input_ids=model.vocab_size,
-        prefix_caching=options.prefix_caching,
-        chunked_prefill=options.chunked_prefill,
-    )
+
+    def limits_for(options: Options) -> Limits:
+        return Limits(
+            block_size=options.block_size,
+            num_blocks=options.num_kv_blocks or OBJECT_BLOCKS,
+            max_model_len=_auto(options.max_model_len, model.max_model_len),
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=_auto(options.max_batch_tokens, max(512, max_num_seqs)),
+            vocab_size=model.vocab_size,
+            num_input_ids=model.vocab_size,
+            prefix_caching=options.prefix_caching,
+            chunked_prefill=options.chunked_prefill,
+        )
+
+    limits = limits_for(options)
     tokenizer = None if options.tokenizer == "auto" else options.tokenizer
     return Core(
         info=ModelInfo(
             model=model.name,
             revision=None,
             architecture=type(model).__name__,
-            max_model_len=max_model_len,
+            max_model_len=limits.max_model_len,
             vocab_size=model.vocab_size,
             chat_template=getattr(tokenizer, "chat_template", None),
             device="cpu",
             dtype="float32",
         ),
         limits=limits,
+        options=options,
+        limits_for=limits_for,
         tokenizer=tokenizer,
         defaults={},
         eos_ids=tuple(model.eos_ids),
@@ -156,6 +174,7 @@ def _from_files(model: Any, options: Options) -> Core:
     from embedllm.runner import Runner
 
     device = choose_device(options.device)
+    kv_dtype = choose_kv_dtype(options, device)
     snapshot = hub.resolve(
         model, options.revision, options.token, progress=options.progress, code=options.trust_remote_code
     )
@@ -168,8 +187,17 @@ def _from_files(model: Any, options: Options) -> Core:
         progress=options.progress,
         trust_remote_code=options.trust_remote_code,
     )
-    limits = _limits(loaded, options)
-    kv = KVCache(loaded.kv_group, limits.num_blocks, limits.block_size, device)
+    group = replace(loaded.kv_group, dtype=kv_dtype or loaded.kv_group.dtype)
+    limits_for = partial(
+        _limits,
+        group=group,
+        longest=loaded.max_model_len,
+        device=device,
+        vocab_size=loaded.vocab_size,
+        num_input_ids=loaded.num_input_ids,
+    )
+    limits = limits_for(options, free=free_on(device))
+    kv = KVCache(group, limits.num_blocks, limits.block_size, device)
     if device.type == "cpu":
         release_pool()  # the engine computes on its own thread from here on
     runner = Runner(loaded, kv, limits.max_num_seqs)
@@ -178,39 +206,54 @@ def _from_files(model: Any, options: Options) -> Core:
     note = loaded.note  # the function below must not hold the weights
     sizes = {
         "weights": loaded.num_bytes,
-        "kv_cache": kv.num_bytes,
-        "kv_bytes_per_token": loaded.kv_group.bytes_per_token,
+        "kv_bytes_per_token": group.bytes_per_token,
         "workspace": _workspace(loaded, limits),
     }
     paced = device.type == "cpu" and options.max_batch_tokens == "auto" and options.chunked_prefill
     return Core(
-        info=ModelInfo(
-            model=snapshot.name,
-            revision=snapshot.revision,
-            architecture=loaded.architecture,
-            max_model_len=limits.max_model_len,
-            vocab_size=loaded.vocab_size,
-            chat_template=tokenizer.chat_template if tokenizer is not None else None,
-            device=str(device),
-            dtype=str(loaded.dtype).removeprefix("torch."),
-        ),
+        info=_info(snapshot, loaded, tokenizer, limits.max_model_len),
         limits=limits,
+        options=options,
+        limits_for=lambda options: limits_for(options, free=free_on(device) + kv.num_bytes),
         tokenizer=tokenizer,
         defaults=snapshot.defaults(),
         eos_ids=snapshot.eos_ids,
         runner=runner,
         pace=Pace(STEP_SECONDS, limits.max_num_seqs, limits.max_batch_tokens) if paced else None,
-        memory=lambda: Memory(**sizes, free=free_on(device), note=note),
+        memory=lambda: Memory(**sizes, kv_cache=kv.num_bytes, free=free_on(device), note=note),
     )
 
 
-def _limits(loaded: Loaded, options: Options) -> Limits:
-    """The engine's sizes for a loaded model. The context shrinks to what the cache holds, unless it was asked for."""
-    from embedllm.kv_cache import free_on
+def _info(snapshot: Snapshot, loaded: Loaded, tokenizer: TokenizerProtocol | None, max_model_len: int) -> ModelInfo:
+    return ModelInfo(
+        model=snapshot.name,
+        revision=snapshot.revision,
+        architecture=loaded.architecture,
+        max_model_len=max_model_len,
+        vocab_size=loaded.vocab_size,
+        chat_template=tokenizer.chat_template if tokenizer is not None else None,
+        device=str(loaded.device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+    )
 
-    group, max_model_len = loaded.kv_group, loaded.max_model_len
-    max_num_seqs = _auto(options.max_num_seqs, max_sequences(loaded.device.type))
-    num_blocks = choose_num_blocks(group, options, max_num_seqs, max_model_len, free_on(loaded.device))
+
+def _limits(
+    options: Options,
+    *,
+    group: KVGroup,
+    longest: int,
+    device: torch.device,
+    vocab_size: int,
+    num_input_ids: int,
+    free: int,
+) -> Limits:
+    """The engine's sizes for a loaded model that knows up to `longest` tokens, with `free` bytes for the KV cache.
+
+    The context shrinks to what the cache holds, unless it was asked for.
+    """
+    max_model_len = longest
+    max_num_seqs = _auto(options.max_num_seqs, max_sequences(device.type))
+    num_blocks = choose_num_blocks(group, options, max_num_seqs, max_model_len, free)
     room = num_blocks * options.block_size
     if room < max_model_len:
         if options.max_model_len != "auto" or room < 2:
@@ -226,8 +269,8 @@ def _limits(loaded: Loaded, options: Options) -> Limits:
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_batch_tokens=_auto(options.max_batch_tokens, most),
-        vocab_size=loaded.vocab_size,
-        num_input_ids=loaded.num_input_ids,
+        vocab_size=vocab_size,
+        num_input_ids=num_input_ids,
         prefix_caching=options.prefix_caching,
         chunked_prefill=options.chunked_prefill,
     )
@@ -261,6 +304,22 @@ def choose_num_blocks(group: KVGroup, options: Options, max_num_seqs: int, max_m
     return auto_num_blocks(
         group, block_size=options.block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len, free=free
     )
+
+
+def choose_kv_dtype(options: Options, device: torch.device) -> torch.dtype | None:
+    """What the KV cache holds; None: the model's own dtype. Raises InvalidRequest for one that the device lacks."""
+    import torch
+
+    if options.kv_cache_dtype == "auto":
+        return None
+    if options.kv_cache_dtype != "fp8":
+        raise InvalidRequest(f'kv_cache_dtype must be "auto" or "fp8", got {options.kv_cache_dtype!r}')
+    if device.type != "cuda":
+        raise InvalidRequest(
+            f"kv_cache_dtype={options.kv_cache_dtype!r} needs a CUDA device: leave it 'auto' on a CPU, or use "
+            "device='cuda'"
+        )
+    return torch.float8_e4m3fn
 
 
 def choose_device(device: str) -> torch.device:

@@ -13,9 +13,8 @@ import logging
 import time
 from array import array
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from embedllm import events
+from embedllm import events, resizing
 from embedllm.config import Limits
 from embedllm.deadlines import Deadlines
 from embedllm.errors import DeadlineExceeded, EngineDead, QueueFull, RequestCancelled, RequestFailed
@@ -33,7 +32,6 @@ from embedllm.readout import Reading, Readout
 from embedllm.request import Ended, Request, StepOutput, Update
 from embedllm.runner import ModelOutput
 from embedllm.scheduler import Progress, Scheduler
-from embedllm.sequence import State
 from embedllm.tokenizer import TokenizerProtocol
 from embedllm.trace import Recorders, record_plan
 
@@ -48,42 +46,37 @@ Run = Callable[[Plan, Callable[[], None]], ModelOutput]
 class Engine:
     """Requests in, StepOutputs out.
 
-    `run(plan, between_layers)` gives a ModelOutput. `tokenizer` may be None: text is then empty. `debug` recounts
-    everything after each step. `depth`: steps in flight at most; above 1 the next one is launched before the last one
-    is read, and `run` knows the ids that `remember(rows, ids)` was told. device: of the logits. Another thread may read
-    `last_beat`, the monotonic time of the latest sign of life, set `stop_asked`, which ends a step between two layers,
-    and add the ids of requests to `cancel_asked`, which ends one that nobody else is part of; the request is ended by
-    `cancel`.
+    `runner(plan, between_layers)` gives a ModelOutput; what else `runner.Runner` has is used where it is there.
+    `tokenizer` may be None: text is then empty. `depth`: steps in flight at most, by default the runner's; above 1 the
+    next one is launched before the last one is read. `debug` recounts everything after each step. Another thread may
+    read `last_beat`, the monotonic time of the latest sign of life, set `stop_asked`, which ends a step between two
+    layers, and add the ids of requests to `cancel_asked`, which ends one that nobody else is part of; the request is
+    ended by `cancel`.
     """
 
     def __init__(
         self,
-        run: Run,
+        runner: Run,
         limits: Limits,
         *,
         tokenizer: TokenizerProtocol | None = None,
         eos_ids: Iterable[int] = (),
-        logits_of: Callable[..., Any] | None = None,
-        close: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         pace: Pace | None = None,
-        depth: int = 1,
-        remember: Callable[[list[int], Any], None] | None = None,
-        device: Any = "cpu",
+        depth: int | None = None,
         debug: bool = False,
     ) -> None:
-        self.limits = limits
         self.scheduler = Scheduler(limits)
-        self.pins = Pins(limits, self.scheduler)
+        self.pins = Pins(self.scheduler)
         self.metrics = Metrics()
         self.recorder: Recorder | None = None
         self._recorders: list[Recorder] = []
-        self._run = run
+        self._run = runner
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
-        self._readout = Readout(limits, self._eos_ids, logits_of, remember if depth > 1 else None, device)
+        depth = getattr(runner, "depth", 1) if depth is None else depth
+        self._readout = Readout(limits, self._eos_ids, runner, depth > 1)
         self._flight = Flight(depth, self._launch, self._commit, lambda p: self.scheduler.rollback(p), self._note_fault)
-        self._close = close
         self._clock = clock
         self._debug = debug
         self._pace = pace
@@ -95,11 +88,15 @@ class Engine:
         self._deadlines = Deadlines(self._live)
         self._output = StepOutput()
         self._failures_in_a_row = 0
-        self._start_overs_in_a_row = 0
-        self._idle_steps = 0
+        self._start_overs_in_a_row = self._idle_steps = 0
+        self._dead: EngineDead | None = None  # what the next step raises
         self.last_beat = clock()
         self.stop_asked = False
         self.cancel_asked: set[int] = set()
+
+    @property
+    def limits(self) -> Limits:
+        return self.scheduler.limits
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
@@ -159,16 +156,25 @@ class Engine:
         self._flight.clear()
         return self._take_output()
 
+    def resize(self, limits: Limits) -> None:
+        """Go on with as many KV blocks as these limits say; see `resizing`. Everybody's KV is computed again."""
+        try:
+            resizing.resize(limits, self.scheduler, self._flight, getattr(self._run, "resize", None), self._succeed)
+        except EngineDead as dead:
+            self._dead = dead
+            raise
+
     def close(self) -> None:
         """Drop the model and its memory. Every request was ended before."""
-        if self._close is not None:
-            self._close()
-        del self._run, self._readout, self._close
+        getattr(self._run, "close", lambda: None)()
+        del self._run, self._readout
 
     # ---- the step ---------------------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
         """Run one step and return what it has to say. Raises only EngineDead, or StepStopped if that was asked for."""
+        if self._dead is not None:
+            raise self._dead
         try:
             self._expire()
             plan = self._plan()
@@ -227,7 +233,7 @@ class Engine:
             live = self._samples[entry.sequence_id].live
             live.scheduled = live.scheduled or now
         if self.recorder is not None:
-            record_plan(self.recorder, plan)
+            record_plan(self.recorder, plan, now)
         return plan
 
     def _forward_and_sample(self, plan: Plan) -> Reading:
@@ -290,17 +296,16 @@ class Engine:
                 recorder.append((events.START_OVER,))
         self._set_recorders([])
         self._flight.clear()
-        self.scheduler = self.scheduler.successor()
+        for sample in self._samples.values():
+            del sample.sequence.tokens[sample.sequence.num_prompt + sample.num_emitted :]
+            sample.sequence.finish_reason, sample.sequence.stop_reason = None, None
+        self._succeed(self.limits)
+
+    def _succeed(self, limits: Limits) -> None:
+        """From here on another scheduler plans, in which nothing is computed yet, and nothing pinned."""
+        self.scheduler = self.scheduler.successor(limits)
         self.pins.forget(self.scheduler)
-        for sample in list(self._samples.values()):
-            sequence = sample.sequence
-            is_parked = sequence.state is State.PARKED
-            del sequence.tokens[sequence.num_prompt + sample.num_emitted :]
-            sequence.forks, sequence.finish_reason, sequence.stop_reason = [], None, None
-            sequence.forget()
-            self.scheduler.add(sequence)
-            if is_parked:
-                self.scheduler.park(sequence)
+        resizing.begin_again(self.scheduler, [sample.sequence for sample in self._samples.values()])
 
     # ---- what is said about a request -------------------------------------------------------------------------
 
@@ -311,12 +316,8 @@ class Engine:
         if sample is None:
             return
         live = sample.live
-        by_token = sequence.finish_reason == "stop"
         try:
-            piece = sample.detokenizer.step(progress.tokens, ended_by_token=by_token)
-            text = piece.text
-            if sequence.finish_reason is not None and piece.stop is None:
-                text += sample.detokenizer.finish()
+            piece = sample.say(progress.tokens)
         except BaseException as error:  # a tokenizer of the caller's
             self._fail(sequence.id, error)
             return
@@ -328,7 +329,7 @@ class Engine:
         live.num_output += len(tokens)
         sample.num_emitted += len(tokens)
         self.metrics.generation_tokens += len(tokens)
-        update = Update(live.request.id, sample.index, text, tokens, [logprobs] if logprobs is not None else None)
+        update = Update(live.request.id, sample.index, piece.text, tokens, [logprobs] if logprobs is not None else None)
         self._output.updates.append(update)
         if sequence.finish_reason is not None:
             update.finish_reason, update.stop_reason = sequence.finish_reason, sequence.stop_reason

@@ -53,15 +53,23 @@ class KVCache:
     """`num_blocks` blocks of `block_size` tokens for one group of layers."""
 
     def __init__(self, group: KVGroup, num_blocks: int, block_size: int, device: str | torch.device = "cpu") -> None:
-        """Reserves the memory. Raises OutOfMemory with the figures where the system refuses it."""
+        """Reserves the memory; see `allocate`."""
+        self.group, self.block_size, self._device = group, block_size, device
+        self.allocate(num_blocks)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Reserve memory for so many blocks, after `free` or at first.
+
+        Raises OutOfMemory with the figures where the system refuses it.
+        """
+        group, block_size = self.group, self.block_size
         if num_blocks < 1 or block_size < 1:
             raise InvalidRequest(f"a KV cache needs blocks: num_blocks={num_blocks}, block_size={block_size}")
         if num_blocks * block_size > MAX_SLOTS:
             raise InvalidRequest(f"num_blocks={num_blocks} × block_size={block_size} is over {MAX_SLOTS} tokens")
-        self.group, self.num_blocks, self.block_size = group, num_blocks, block_size
         try:
             self.blocks = torch.empty(
-                (num_blocks, group.layers, block_size, group.width), dtype=group.dtype, device=device
+                (num_blocks, group.layers, block_size, group.width), dtype=group.dtype, device=self._device
             )
         except RuntimeError as error:  # torch reports a refused allocation as one
             size = num_blocks * group.bytes_per_block(block_size)
@@ -69,6 +77,7 @@ class KVCache:
                 f"a KV cache of {num_blocks:,} blocks takes {size:,} bytes, which the system does not give; "
                 "lower kv_cache_memory or num_kv_blocks"
             ) from error
+        self.num_blocks = num_blocks
         self._adopt()
 
     def _adopt(self) -> None:
@@ -96,10 +105,15 @@ class KVCache:
         return slots + block * ((self.group.layers - 1) * self.block_size)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Every layer of (source, destination) blocks; all sources are read before any destination is written."""
+        """Every layer of (source, destination) blocks. On a GPU no destination may be a source as well.
+
+        On a CPU all sources are read before any destination is written.
+        """
         if copies:
-            pairs = upload(torch.tensor(copies, dtype=torch.int64), self.blocks.device)
-            self.blocks.index_copy_(0, pairs[:, 1], self.blocks.index_select(0, pairs[:, 0]))
+            from embedllm import ops  # which imports this module
+
+            pairs = upload(torch.tensor(copies, dtype=torch.int64).t().contiguous(), self.blocks.device)
+            ops.block_copy(self.blocks, pairs[0], pairs[1])
 
     def free(self) -> None:
         """Give the memory back. Idempotent; a use after it fails on an index."""

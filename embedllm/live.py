@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from embedllm.detokenizer import Detokenizer
+from embedllm.detokenizer import Detokenizer, Piece
 from embedllm.outputs import Timing, TokenLogprobs, Usage
 from embedllm.request import Request
 from embedllm.sequence import Sequence
@@ -25,6 +25,14 @@ class Sample:
     sequence: Sequence
     detokenizer: Detokenizer
     num_emitted: int = 0  # output tokens handed on; the rest of the sequence's can be made again
+
+    def say(self, tokens: list[int]) -> Piece:
+        """The text of these tokens, and what was held back where the sequence ends with them."""
+        reason = self.sequence.finish_reason
+        piece = self.detokenizer.step(tokens, ended_by_token=reason == "stop")
+        if reason is not None and piece.stop is None:
+            piece = piece._replace(text=piece.text + self.detokenizer.finish())
+        return piece
 
 
 @dataclass(slots=True)

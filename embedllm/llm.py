@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 from embedllm import registry
 from embedllm.cache import Cache, Pin
 from embedllm.channel import SLICE, Channel
-from embedllm.config import Limits, Options
+from embedllm.config import Limits
 from embedllm.core import Core, Memory, ModelInfo, build
 from embedllm.errors import (
     EmbedLLMError,
@@ -30,6 +30,7 @@ from embedllm.errors import (
 )
 from embedllm.generation import Generation
 from embedllm.metrics import Stats
+from embedllm.options import Options
 from embedllm.outputs import Completion
 from embedllm.params import SamplingParams
 from embedllm.prompts import Prompt, PromptEncoder
@@ -46,6 +47,7 @@ class LLM:
     model: None for the model in the box, a folder, a Hugging Face Hub id, or an object from `embedllm.testing`.
     dtype: "auto", "float32", "bfloat16", "float16". device: "auto" (the CPU), "cpu", "cuda", "cuda:1".
     kv_cache_memory: "auto", bytes, "4GiB", or a float in (0, 1) of the memory that is free; num_kv_blocks overrides it.
+    kv_cache_dtype: "auto" (the model's), or "fp8", which halves the cache's bytes; on CUDA only, not yet run on a card.
     block_size: tokens per KV block. max_model_len: longest prompt plus output.
     max_num_seqs: most sequences running at once. max_batch_tokens: most tokens per step; "auto" on a CPU learns,
         while running, how many keep a step within 150 ms.
@@ -243,7 +245,7 @@ class LLM:
     @property
     def info(self) -> ModelInfo:
         """Model, revision, context and vocabulary sizes, template, device and dtype."""
-        return self._info
+        return self._info if self._core is None else self._core.info
 
     @property
     def cache(self) -> Cache:
@@ -257,6 +259,19 @@ class LLM:
     def memory(self) -> Memory:
         """Bytes that weights and KV cache take, and what is free."""
         return self._open().memory()
+
+    def resize_kv(self, kv_cache_memory: int | float | str = "auto", *, num_kv_blocks: int | None = None) -> Memory:
+        """Give the KV cache more or less memory while requests run; the arguments are those of `LLM`.
+
+        Waits for the step that runs. The old cache is given back before the new one is made, so the prefix cache is
+        empty afterwards and running requests compute their KV again; their tokens stay the same. With
+        max_model_len="auto" the context follows what fits. All handles on this engine see the change.
+        Raises InvalidRequest, with nothing changed, while something is pinned or an unfinished request would not fit;
+        OutOfMemory for more than is free.
+        """
+        core = self._open()
+        core.resize_kv(kv_cache_memory, num_kv_blocks)
+        return core.memory()
 
     def trace(self, capacity: int = DEFAULT_CAPACITY) -> Trace:
         """Record every block and scheduler event from now until its `stop()`; also a context manager."""
@@ -281,6 +296,7 @@ class LLM:
 
         Waits for the step that runs, 2 seconds at most.
         """
+        self._info = self.info
         core, self._core = self._core, None
         if core is not None:
             for held in list(self._held):
@@ -323,7 +339,8 @@ class _Same:
 
 def _key(model: Any, options: Options) -> Hashable:
     """What makes two handles share an engine: everything but the seed of the handle and its bars."""
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    values = {name: value if isinstance(value, Hashable) else _Same(value) for name, value in given.items()}
     values |= {"seed": None, "progress": None, "tokenizer": _identity(options.tokenizer)}
     return (_identity(model), *sorted(values.items(), key=lambda item: item[0]))
 

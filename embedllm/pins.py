@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 
-from embedllm.config import Limits
+from embedllm import events
 from embedllm.errors import InvalidRequest
 from embedllm.scheduler import Scheduler
 
@@ -16,8 +16,7 @@ from embedllm.scheduler import Scheduler
 class Pins:
     """The pins of one scheduler."""
 
-    def __init__(self, limits: Limits, scheduler: Scheduler) -> None:
-        self._limits = limits
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._ids = itertools.count(1)
         self._held: dict[int, list[int]] = {}  # pin id -> blocks, each with one reference
@@ -29,7 +28,7 @@ class Pins:
 
     def check(self, tokens: list[int], salt: str | None) -> None:
         """Raises InvalidRequest if the full blocks of these tokens could not be pinned now."""
-        limits = self._limits
+        limits = self._scheduler.limits
         if not limits.prefix_caching:
             raise InvalidRequest(
                 "nothing can be pinned without the prefix cache; open the LLM with prefix_caching=True"
@@ -61,17 +60,22 @@ class Pins:
         """
         self.check(tokens, salt)
         blocks = self._find(tokens, salt)
-        if len(blocks) < len(tokens) // self._limits.block_size:
+        if len(blocks) < len(tokens) // self._scheduler.limits.block_size:
             return 0, 0
         self._scheduler.pool.share(blocks)
         pin_id = next(self._ids)
         self._held[pin_id] = blocks
+        if self._scheduler.recorder is not None:
+            self._scheduler.recorder.append((events.PIN, pin_id, *blocks))
         self._count()
         return pin_id, len(blocks)
 
     def remove(self, pin_id: int) -> None:
         """Let a pin's blocks go; one that is gone already is ignored."""
-        self._scheduler.pool.release(self._held.pop(pin_id, []))
+        blocks = self._held.pop(pin_id, [])
+        if blocks and self._scheduler.recorder is not None:
+            self._scheduler.recorder.append((events.UNPIN, pin_id))
+        self._scheduler.pool.release(blocks)
         self._count()
 
     def forget(self, scheduler: Scheduler) -> None:

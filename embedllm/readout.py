@@ -30,24 +30,20 @@ class Reading:
 
 
 class Readout:
-    """Reads model outputs. `logits_of(hidden)` yields logits of rows of hidden states, some rows at a time.
-
-    `remember(rows, ids)` is told which ids were chosen for which rows, before the host knows them. device: of logits.
-    """
+    """Reads a runner's outputs. Where steps run `ahead`, the runner hears what was chosen before the host does."""
 
     def __init__(
         self,
         limits: Limits,
         eos_ids: Iterable[int],
-        logits_of: Callable[..., Any] | None,
-        remember: Callable[[list[int], Any], None] | None = None,
-        device: Any = "cpu",
+        runner: Any,
+        ahead: bool,
     ) -> None:
-        self._sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device)
+        self._sampler = Sampler(limits.max_num_seqs, limits.vocab_size, getattr(runner, "device", "cpu"))
         self.is_stepwise = self._sampler.is_stepwise
         self._eos_ids = tuple(eos_ids)
-        self._logits_of = logits_of
-        self._remember = remember
+        self._logits_of = getattr(runner, "logits", None)
+        self._remember = runner.remember if ahead else None
         self._bound: list[tuple[int, int] | None] = [None] * limits.max_num_seqs  # row -> (sequence id, epoch)
         self._rows: dict[int, int] = {}  # sequence id -> the row it was last bound to
 

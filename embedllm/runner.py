@@ -94,6 +94,18 @@ class Runner:
                 logits = model.logits(rows)
             yield logits
 
+    def resize(self, num_blocks: int) -> None:
+        """Another number of blocks, which hold nothing. The old ones' memory goes back first: never two caches at once.
+
+        Raises OutOfMemory where the system gives no memory for so many.
+        """
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._kv.free()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._kv.allocate(num_blocks)
+
     def _enter(self) -> None:
         """The thread that runs steps gets the device and a stream of its own; other threads keep theirs."""
         torch.cuda.set_device(self.device)

@@ -64,8 +64,6 @@ class Scheduler:
         for fork in sequence.forks:
             self.sequences[fork.id] = fork
             fork.state = State.UNBORN
-        if self.recorder is not None:
-            self.recorder.append((events.QUEUE, sequence.id, sequence.num_prompt))
         self._wait(sequence)
 
     @property
@@ -107,10 +105,10 @@ class Scheduler:
         if sequence.state is State.PARKED:
             self._wait(sequence)
 
-    def successor(self) -> Scheduler:
-        """An empty scheduler with this one's limits, budget, recorder and totals."""
-        new = Scheduler(self.limits)
-        new.budget = self.budget
+    def successor(self, limits: Limits) -> Scheduler:
+        """An empty scheduler with other limits and this one's budget, recorder and totals."""
+        new = Scheduler(limits)
+        new.budget = self.budget if limits.chunked_prefill else limits.max_batch_tokens  # whole prompts need it
         new.recorder = new.pool.recorder = self.recorder
         new.num_preemptions, new.num_prefix_queries = self.num_preemptions, self.num_prefix_queries
         new.num_prefix_hits = self.num_prefix_hits
@@ -119,6 +117,8 @@ class Scheduler:
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
         bisect.insort(self.waiting, sequence, key=_BY_ORDER)
+        if self.recorder is not None:
+            self.recorder.append((events.QUEUE, sequence.id, sequence.num_prompt, sequence.max_tokens))
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of its queue, with nothing held; whatever is in flight for it becomes stale."""
@@ -235,8 +235,13 @@ class Scheduler:
     def _enter(self, sequence: Sequence, blocks: list[int]) -> None:
         sequence.state = State.RUNNING
         sequence.row = self.free_rows.pop()
-        sequence.blocks.extend(blocks)
         bisect.insort(self.running, sequence, key=_BY_ORDER)
+        self._extend(sequence, blocks)
+
+    def _extend(self, sequence: Sequence, blocks: list[int]) -> None:
+        sequence.blocks.extend(blocks)
+        if blocks and self.recorder is not None:
+            self.recorder.append((events.TABLE, sequence.id, *blocks))
 
     def _grant(self, shares: dict[Sequence, int]) -> None:
         """Give each share its blocks, first in order first; who is preempted loses its share."""
@@ -252,7 +257,7 @@ class Scheduler:
             if missing > self.pool.num_available:
                 shares.pop(sequence, None)  # alone, and what it lacks is still in flight
             elif sequence in shares:
-                sequence.blocks.extend(self.pool.allocate() for _ in range(missing))
+                self._extend(sequence, [self.pool.allocate() for _ in range(missing)])
 
     def _add_drafts(self, shares: dict[Sequence, int], budget: int) -> None:
         """Let sequences that reach their last known token verify a draft in the same step.
@@ -269,7 +274,7 @@ class Scheduler:
             del sequence.draft[max(0, room) :]
             end += len(sequence.draft)
             missing = self.limits.blocks_for(end) - len(sequence.blocks)
-            sequence.blocks.extend(self.pool.allocate() for _ in range(missing))
+            self._extend(sequence, [self.pool.allocate() for _ in range(missing)])
             shares[sequence] += len(sequence.draft)
             budget -= len(sequence.draft)
 
@@ -354,6 +359,8 @@ class Scheduler:
         if keep < len(sequence.blocks):
             self.pool.release(sequence.blocks[keep:])
             del sequence.blocks[keep:]
+            if self.recorder is not None:
+                self.recorder.append((events.TRIM, sequence.id, keep))
 
     def _bear_forks(self, parent: Sequence) -> None:
         """The prompt is computed: each fork shares its blocks and recomputes only its last token.
@@ -367,17 +374,17 @@ class Scheduler:
             if not self.free_rows or self.pool.num_available <= len(self.running):
                 self._wait(fork)
                 continue
+            if self.recorder is not None:
+                self.recorder.append((events.FORK, parent.id, fork.id))
             whole = parent.blocks[:num_whole]
             self.pool.share(whole)
             self._enter(fork, list(whole))
             fork.num_computed = fork.num_cached = last
             if inside:
                 source = parent.blocks[num_whole]
-                fork.blocks.append(self.pool.allocate())
+                self._extend(fork, [self.pool.allocate()])
                 self.pool.share([source])
                 fork.copy = (source, fork.blocks[-1])
-            if self.recorder is not None:
-                self.recorder.append((events.FORK, parent.id, fork.id))
         parent.forks = []
 
 

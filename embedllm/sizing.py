@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedllm.config import Options
-from embedllm.core import choose_device, choose_num_blocks, max_sequences
+from embedllm.core import choose_device, choose_kv_dtype, choose_num_blocks, max_sequences
 from embedllm.errors import ModelFormatError, OutOfMemory, UnknownOption, UnsupportedModel
+from embedllm.options import Options
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from embedllm.models.config import ModelConfig
     from embedllm.models.hub import Snapshot
 
-_OPTIONS = ("dtype", "device", "kv_cache_memory", "num_kv_blocks", "block_size", "max_model_len", "max_num_seqs",
-            "revision", "token", "trust_remote_code", "progress")  # fmt: skip
+_OPTIONS = ("dtype", "device", "kv_cache_memory", "kv_cache_dtype", "num_kv_blocks", "block_size", "max_model_len",
+            "max_num_seqs", "revision", "token", "trust_remote_code", "progress")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,8 @@ def plan(model: Any = None, **options: Any) -> PlanReport:
     """What `LLM(model, **options)` would take here: weights, KV bytes per token, longest context. Loads nothing.
 
     model: None for the model in the box, a folder, or a Hub id (only its JSON files are fetched). Of LLM's options it
-    takes those that decide sizes: dtype, device, kv_cache_memory, num_kv_blocks, block_size, max_model_len and
-    max_num_seqs, beside revision, token, trust_remote_code and progress.
+    takes those that decide sizes: dtype, device, kv_cache_memory, kv_cache_dtype, num_kv_blocks, block_size,
+    max_model_len and max_num_seqs, beside revision, token, trust_remote_code and progress.
 
     Raises UnknownOption, InvalidRequest, ModelNotFound, ModelFormatError, UnsupportedModel. What does not fit is no
     error: the report says so.
@@ -219,7 +219,7 @@ def _report(snapshot: Snapshot, size: _Size, asked: Options, dtype: torch.dtype,
     from embedllm.kv_cache import free_on
     from embedllm.models.load import check_length, dtype_note
 
-    group = size.kv_group(dtype)
+    group = size.kv_group(choose_kv_dtype(asked, device) or dtype)
     free = free_on(device)
     weights = size.num_parameters * dtype.itemsize
     if device.type == "cpu" and _packs(dtype):

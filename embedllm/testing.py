@@ -52,10 +52,14 @@ class BlockMemory:
 
     def __init__(self, limits: Limits) -> None:
         self.block_size = limits.block_size
-        self.pairs = array("q", [_GARBAGE]) * (limits.num_blocks * limits.block_size)  # token << 32 | position
-        self.contexts = self.pairs[:]
+        self.resize(limits.num_blocks)
         self.last = [UNKNOWN] * limits.max_num_seqs  # the newest token of each row, for steps launched ahead of it
         self._num_poisoned = 0
+
+    def resize(self, num_blocks: int) -> None:
+        """So many blocks of values that were never written."""
+        self.pairs = array("q", [_GARBAGE]) * (num_blocks * self.block_size)  # token << 32 | position
+        self.contexts = self.pairs[:]
 
     def append(self, event: Event) -> None:
         """Record an event of the pool."""
@@ -102,6 +106,10 @@ class Runner(ABC):
     def __init__(self, vocab_size: int, limits: Limits) -> None:
         self.vocab_size = vocab_size
         self.memory = BlockMemory(limits)
+
+    def resize(self, num_blocks: int) -> None:
+        """Another number of blocks, which hold garbage."""
+        self.memory.resize(num_blocks)
 
     @property
     @abstractmethod

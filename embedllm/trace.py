@@ -22,9 +22,9 @@ from embedllm.plan_types import Plan
 DEFAULT_CAPACITY = 1_000_000  # events; about 100 MB
 
 
-def record_plan(recorder: Recorder, plan: Plan) -> None:
-    """Write down what a step will run."""
-    recorder.append((events.STEP, plan.number, len(plan.entries), plan.num_tokens))
+def record_plan(recorder: Recorder, plan: Plan, now: float) -> None:
+    """Write down what a step will run. now: seconds of the engine's clock."""
+    recorder.append((events.STEP, plan.number, len(plan.entries), plan.num_tokens, int(now * 1e6)))
     for source, destination in plan.copies:
         recorder.append((events.COPY, source, destination))
     for entry in plan.entries:

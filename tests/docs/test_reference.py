@@ -61,7 +61,7 @@ def test_every_default_of_the_sampling_page_is_true() -> None:
 
 
 def test_every_option_of_an_llm_is_in_the_guide(tmp_path: Path) -> None:
-    from embedllm.config import Options
+    from embedllm.options import Options
 
     whole = tmp_path / "guide.md"
     whole.write_text("\n".join(read(page) for page in sorted(GUIDE.glob("*.md"))), encoding="utf-8")

@@ -61,11 +61,10 @@ class Bench:
         self.kv = KVCache(self.model.kv_group, self.limits.num_blocks, self.limits.block_size)
         self.kv.blocks.fill_(self.unwritten)
         self._runner = Runner(self.model, self.kv, self.limits.max_num_seqs)
-        self.engine = Engine(
-            self._run, self.limits, eos_ids=(), depth=self.depth, remember=self._runner.remember, debug=True
-        )
+        self.remember = self._runner.remember
+        self.engine = Engine(self, self.limits, depth=self.depth, debug=True)
 
-    def _run(self, plan: Plan, *between_layers: Any) -> ModelOutput:
+    def __call__(self, plan: Plan, *between_layers: Any) -> ModelOutput:
         self.num_chunks += sum(entry.num_logits == 0 for entry in plan.entries)
         self.num_ahead += any(UNKNOWN in entry.tokens for entry in plan.entries)
         self.most_entries = max(self.most_entries, len(plan.entries))

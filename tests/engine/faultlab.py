@@ -89,9 +89,7 @@ class Lab:
             limits,
             tokenizer=self.tokenizer,
             eos_ids=self.model.eos_ids,
-            logits_of=self.runner.logits,
             depth=depth,
-            remember=self.runner.remember,
             debug=True,
         )
         self.engine.attach(self.runner.memory)

@@ -9,7 +9,7 @@ import random
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from embedllm import events
 from embedllm.config import Limits
@@ -17,6 +17,7 @@ from embedllm.errors import RequestTooLong
 from embedllm.events import Event
 from embedllm.invariants import check, check_idle, check_plan
 from embedllm.plan_types import Plan
+from embedllm.resizing import begin_again
 from embedllm.scheduler import Scheduler
 from embedllm.sequence import Sequence, State
 from embedllm.testing import HashLM, HashRunner
@@ -180,6 +181,22 @@ class World:
         if limits.chunked_prefill:
             least = limits.max_num_seqs
             self.scheduler.budget = least + int(share * (limits.max_batch_tokens - least))
+
+    def resize(self, num_blocks: int) -> None:
+        """Another pool, if whoever was admitted fits in it and nothing is pinned; everybody computes anew."""
+        if self.pins or any(
+            self.limits.blocks_for(s.max_slots) > num_blocks for s in self.scheduler.sequences.values()
+        ):
+            return
+        while self.flight:
+            self.commit()
+        self.limits = replace(self.limits, num_blocks=num_blocks)
+        self.runner.resize(num_blocks)
+        sequences = list(self.scheduler.sequences.values())
+        self.scheduler = self.scheduler.successor(self.limits)
+        begin_again(self.scheduler, sequences)
+        self.counts["resize"] += 1
+        self.check()
 
     # ---- the cache --------------------------------------------------------------------------------------------
 
@@ -386,6 +403,7 @@ ACTS: dict[str, tuple[int, Callable[[World, random.Random, Job], object]]] = {  
     "unpin": (1, lambda world, r, job: world.unpin(r.randrange(8))),
     "roll back": (1, lambda world, r, job: world.roll_back()),
     "fail": (1, lambda world, r, job: world.commit(failing=r.randrange(8))),
+    "resize": (1, lambda world, r, job: world.resize(r.randint(3, 60))),
     "pace": (1, lambda world, r, job: world.pace(r.random())),
     "draft": (2, lambda world, r, job: setattr(world, "drafter", r.choice(DRAFTERS))),
 }

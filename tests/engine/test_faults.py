@@ -355,8 +355,8 @@ def test_a_policy_fault_twice_in_a_row_is_the_end() -> None:
     Fault(1, None).wrap(lab.engine.scheduler, "commit")
     successor = lab.engine.scheduler.successor
 
-    def broken() -> Any:
-        scheduler = successor()
+    def broken(*given: Any) -> Any:
+        scheduler = successor(*given)
         Fault(1, None).wrap(scheduler, "commit")
         return scheduler
 

@@ -256,7 +256,7 @@ def test_an_engine_that_finds_nothing_to_run_says_so() -> None:
     stuck = Lab()
     told = stuck.submit(prompt_of(1), 4)
     stuck.engine.scheduler.plan = lambda: None  # type: ignore[method-assign]
-    stuck.engine.scheduler.successor = lambda: stuck.engine.scheduler  # type: ignore[method-assign]
+    stuck.engine.scheduler.successor = lambda limits: stuck.engine.scheduler  # type: ignore[method-assign]
     stuck.run(40)
     assert isinstance(stuck.error_of(told), EngineDead)
     assert "none can run" in str(stuck.dead.__cause__ if stuck.dead else "")

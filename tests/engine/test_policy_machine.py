@@ -23,7 +23,7 @@ MOSTLY = st.sampled_from([True, True, True, False])
 INDEX = st.integers(0, 15)  # which of the jobs, rows or pins there are
 
 HAPPENS = ["preempt for memory", "evict for memory", "hit", "chunk", "fork", "copy", "stale", "rollback"]
-HAPPENS += ["accepted all", "accepted some", "accepted none", "park", "pin", "fail", "refused"]
+HAPPENS += ["accepted all", "accepted some", "accepted none", "park", "pin", "fail", "refused", "resize"]
 HAPPENS += [f"abort {state}" for state in ("unborn", "waiting", "running", "parked", "finished")]
 
 
@@ -136,6 +136,10 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule(index=INDEX)
     def fail_row(self, index: int) -> None:
         self.world.commit(failing=index)
+
+    @rule(num_blocks=st.integers(3, 60))
+    def resize(self, num_blocks: int) -> None:
+        self.world.resize(num_blocks)
 
     @rule(share=st.floats(0, 1))
     def pace(self, share: float) -> None:

@@ -54,6 +54,21 @@ def test_bfloat16_is_near_what_the_host_computes() -> None:
     assert (found[0] - found[1]).abs().mean() < 0.05
 
 
+def test_a_float8_cache_is_near_a_bfloat16_one() -> None:
+    """Log-probabilities of a text, of the model in the box, in half the bytes per token."""
+    text = "def read(self, path):\n    with open(path) as file:\n        return file.read()\n" * 8
+    found, sizes = [], []
+    for kept in ("auto", "fp8"):
+        with embedllm.LLM(device="cuda", dtype="bfloat16", kv_cache_dtype=kept, progress=False) as llm:
+            completion = llm.generate(text, max_tokens=32, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+            entries = completion.prompt_logprobs
+            assert entries is not None and len(completion.tokens) == 32
+            found.append(torch.tensor([entry[0].logprob for entry in entries[1:] if entry is not None]))
+            sizes.append(llm.memory().kv_bytes_per_token)
+    assert sizes[0] == 2 * sizes[1]
+    assert 0 < (found[0] - found[1]).abs().mean() < 0.05
+
+
 def test_a_seed_gives_the_same_tokens_whatever_else_runs() -> None:
     with embedllm.LLM(device="cuda", dtype="float32", progress=False) as llm:
         alone = llm.generate("for name in ", max_tokens=32, temperature=0.9, top_p=0.95, seed=7).tokens

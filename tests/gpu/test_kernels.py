@@ -31,7 +31,7 @@ def near(found: Tensor, expected: Tensor, dtype: torch.dtype, roundings: float =
 
 def moved(case: Ragged) -> tuple[Tensor, ...]:
     """The case on the card; the layer's view of its cache keeps the gaps between its blocks."""
-    blocks = torch.full((len(case.cache), 3, *case.cache.shape[1:]), torch.nan, dtype=case.cache.dtype, device="cuda")
+    blocks = torch.full((len(case.cache), 3, *case.cache.shape[1:]), torch.nan, device="cuda").to(case.cache.dtype)
     blocks[:, 1] = case.cache.cuda()
     return case.q.cuda(), blocks[:, 1], case.tables.cuda(), case.query_starts.cuda(), case.seq_lens.cuda()
 
@@ -67,6 +67,35 @@ def test_attention(mix: str, block_size: int, options: dict[str, object], dtype:
         **options,
     )
     near(found, expected, dtype, 2)
+
+
+@pytest.mark.parametrize("form", ["decode", "prefill"])
+@pytest.mark.parametrize("instruction", [False, True])
+def test_attention_over_every_byte_of_float8(
+    form: str, instruction: bool, monkeypatch: pytest.MonkeyPatch, test_seed: int
+) -> None:
+    """A sequence per byte, whose only value it is; and a ragged step. By integers, and by the card's instruction."""
+    from embedllm_kernels.triton import attention
+
+    if instruction and torch.cuda.get_device_capability() < attention.FLOAT8_SINCE:
+        pytest.skip("the card has no instruction for it")
+    monkeypatch.setattr(attention, "FLOAT8_SINCE", (0, 0) if instruction else (99, 0))
+    every = torch.arange(256, dtype=torch.uint8)
+    cache = torch.cat((torch.zeros(256, 1, 16, dtype=torch.uint8), every[:, None, None].expand(-1, 1, 16)), 2)
+    cache = cache.view(torch.float8_e4m3fn).cuda()
+    counts = torch.arange(257, dtype=torch.int32, device="cuda")
+    q = torch.ones(256, 1, 16, dtype=torch.bfloat16, device="cuda")
+    sizes = {"num_kv_heads": 1, "scale": 1.0, "max_query_len": 1, "max_seq_len": 1, "form": form}
+    ones = torch.ones(256, dtype=torch.int32, device="cuda")
+    found = attention.paged_attention(q, cache, counts[:256, None], counts, ones, **sizes)[:, 0, 0]
+    expected = every.view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(found.cpu().float(), expected, atol=0, rtol=0, equal_nan=True)
+    case = draw(test_seed, MIXES["everything"], heads=(4, 2), dims=(64, 64), block_size=16, dtype=torch.bfloat16)
+    case.cache = case.cache.to(torch.float8_e4m3fn)
+    scales = {"num_kv_heads": 2, "scale": 0.3, "k_scale": 0.5, "v_scale": 1.7}
+    found = attention.paged_attention(*moved(case), max_query_len=19, max_seq_len=70, form=form, **scales)
+    rest = case.tables, case.query_starts, case.seq_lens
+    near(found, reference.paged_attention(case.q.float(), case.cache, *rest, **scales), torch.bfloat16, 2)
 
 
 @pytest.mark.parametrize("num_splits", [1, 4, 32])

@@ -138,6 +138,7 @@ def test_recorder_sees_every_change() -> None:
         (events.ALLOCATE, block),
         (events.CACHE, block, node),
         (events.SHARE, block, 2),
+        (events.RELEASE, block, 1),
         (events.IDLE, block),
         (events.EVICT, block, node),
         (events.ALLOCATE, block),

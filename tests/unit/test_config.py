@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from embedllm.config import Limits, Options, parse_memory
+from embedllm.config import Limits
 from embedllm.errors import InvalidRequest, RequestTooLong
+from embedllm.options import Options, parse_memory
 
 NOT_POSITIVE_INTEGERS = [0, -1, 1.0, "1", None, True, math.nan, 2.5, [1], np.int64(4)]
 

@@ -8,6 +8,7 @@ import torch
 import embedllm
 from embedllm import core
 from embedllm.errors import InvalidRequest, MissingDependency
+from embedllm.options import Options
 
 
 @pytest.fixture
@@ -53,3 +54,15 @@ def test_what_is_not_here() -> None:
             function(device="mps")
         with pytest.raises(InvalidRequest, match="'tpu9' is not a device"):
             function(device="tpu9")
+
+
+def test_a_float8_cache_is_for_cards() -> None:
+    for function in (embedllm.LLM, embedllm.plan):
+        with pytest.raises(InvalidRequest, match="kv_cache_dtype='fp8' needs a CUDA device: leave it 'auto' on a CPU"):
+            function(kv_cache_dtype="fp8")
+        for dtype in ("fp16", "FP8", "", None, 8, ["fp8"]):
+            with pytest.raises(InvalidRequest, match='kv_cache_dtype must be "auto" or "fp8", got '):
+                function(kv_cache_dtype=dtype)
+    asked = Options(kv_cache_dtype="fp8")
+    assert core.choose_kv_dtype(asked, torch.device("cuda", 1)) == torch.float8_e4m3fn
+    assert core.choose_kv_dtype(Options(), torch.device("cuda", 1)) is None

@@ -556,14 +556,21 @@ def test_events_of_one_request() -> None:
     s.resume(parent)
     run(s)
     assert recorder == [
-        (events.QUEUE, 0, 9),
+        (events.QUEUE, 0, 9, 2),
         (events.ADMIT, 0, 0, 0),
+        (events.TABLE, 0, 0, 1),
         (events.COMMIT, 0, 8, 0),
         (events.PREEMPT, 0),
+        (events.QUEUE, 0, 9, 2),
         (events.PARK, 0),
+        (events.QUEUE, 0, 9, 2),
+        (events.TABLE, 0, 0, 1),
         (events.ADMIT, 0, 0, 8),
+        (events.TABLE, 0, 2),
         (events.COMMIT, 0, 9, 1),
         (events.FORK, 0, 1),
+        (events.TABLE, 1, 0, 1),
+        (events.TABLE, 1, 3),
         (events.COMMIT, 0, 10, 1),
         (events.FINISH, 0, "length"),
         (events.COMMIT, 1, 9, 1),
@@ -581,7 +588,7 @@ def test_successor_keeps_the_totals_and_nothing_else() -> None:
     step(s)
     s.recorder = s.pool.recorder = []
     s.num_preemptions = 3
-    new = s.successor()
+    new = s.successor(s.limits)
     check_idle(new)
     assert (new.num_prefix_queries, new.num_prefix_hits, new.num_preemptions) == (41, 12, 3)
     assert new.recorder is s.recorder is new.pool.recorder

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import embedllm
-from embedllm import kv_cache
+from embedllm import kv_cache, sizing
 from embedllm.errors import InvalidRequest, UnknownOption
 from embedllm.models.shapes import SHAPES
 from embedllm.sizing import PlanReport
@@ -69,6 +70,16 @@ def test_the_cache_is_sized_by_the_options(
     path = folder(tmp_path, "llama-3.1-8b")
     with_free(monkeypatch, 2 * 8_030_261_248 + 6 * 2**30)
     assert embedllm.plan(path, dtype="bfloat16", **options).num_blocks == num_blocks
+
+
+def test_float8_halves_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path, "llama-3.1-8b")
+    with_free(monkeypatch, 80 * 2**30)
+    monkeypatch.setattr(sizing, "choose_device", torch.device)
+    options = {"dtype": "bfloat16", "device": "cuda", "kv_cache_memory": "1GiB"}
+    wide, narrow = (embedllm.plan(path, kv_cache_dtype=dtype, **options) for dtype in ("auto", "fp8"))
+    assert (wide.kv_bytes_per_token, narrow.kv_bytes_per_token) == (131_072, 65_536)
+    assert narrow.num_blocks == 2 * wide.num_blocks and narrow.weights == wide.weights
 
 
 def test_window_waste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
