@@ -6,7 +6,6 @@ Invariant: a Core that exists is ready; if building fails nothing stays allocate
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedllm.config import Limits
 from embedllm.engine import Engine
-from embedllm.errors import InvalidRequest, MissingDependency, OutOfMemory
+from embedllm.errors import InvalidRequest, OutOfMemory
 from embedllm.options import Options, parse_memory
 from embedllm.pace import Pace
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
@@ -166,15 +165,15 @@ def _from_object(model: Any, options: Options) -> Core:
 
 
 def _from_files(model: Any, options: Options) -> Core:
-    from embedllm.graphs import CUDAGraphs
-    from embedllm.kv_cache import KVCache, free_on
+    from embedllm.kv_cache import KVCache, dtype_named, free_on
     from embedllm.models import hub
     from embedllm.models.load import load
     from embedllm.openmp import release_pool
+    from embedllm.ops import device_named
     from embedllm.runner import Runner
 
-    device = choose_device(options.device)
-    kv_dtype = choose_kv_dtype(options, device)
+    device = device_named(options.device)
+    kv_dtype = dtype_named(options.kv_cache_dtype, device)
     snapshot = hub.resolve(
         model, options.revision, options.token, progress=options.progress, code=options.trust_remote_code
     )
@@ -200,9 +199,7 @@ def _from_files(model: Any, options: Options) -> Core:
     kv = KVCache(group, limits.num_blocks, limits.block_size, device)
     if device.type == "cpu":
         release_pool()  # the engine computes on its own thread from here on
-    runner = Runner(loaded, kv, limits.max_num_seqs)
-    if device.type == "cuda" and loaded.native:
-        runner.capture(CUDAGraphs())
+    runner = Runner(loaded, kv, limits.max_num_seqs, captured=loaded.native)
     note = loaded.note  # the function below must not hold the weights
     sizes = {
         "weights": loaded.num_bytes,
@@ -304,48 +301,6 @@ def choose_num_blocks(group: KVGroup, options: Options, max_num_seqs: int, max_m
     return auto_num_blocks(
         group, block_size=options.block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len, free=free
     )
-
-
-def choose_kv_dtype(options: Options, device: torch.device) -> torch.dtype | None:
-    """What the KV cache holds; None: the model's own dtype. Raises InvalidRequest for one that the device lacks."""
-    import torch
-
-    if options.kv_cache_dtype == "auto":
-        return None
-    if options.kv_cache_dtype != "fp8":
-        raise InvalidRequest(f'kv_cache_dtype must be "auto" or "fp8", got {options.kv_cache_dtype!r}')
-    if device.type != "cuda":
-        raise InvalidRequest(
-            f"kv_cache_dtype={options.kv_cache_dtype!r} needs a CUDA device: leave it 'auto' on a CPU, or use "
-            "device='cuda'"
-        )
-    return torch.float8_e4m3fn
-
-
-def choose_device(device: str) -> torch.device:
-    """The device that an option names. Raises InvalidRequest for one that is not here or cannot run the kernels."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cpu")  # until the kernels have run on a card: docs/decisions/0013
-    try:
-        known = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidRequest(f"device={device!r} is not a device; use 'auto', 'cpu' or 'cuda'") from error
-    if known.type == "cpu":
-        return known
-    if known.type != "cuda":
-        raise InvalidRequest(f"device={device!r} is not supported; use 'cpu' or 'cuda'")
-    if not torch.cuda.is_available() or (known.index or 0) >= torch.cuda.device_count():
-        raise InvalidRequest(f"device={device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
-    if str(known) == "cuda":
-        known = torch.device("cuda", torch.cuda.current_device())
-    if torch.cuda.get_device_capability(known) < (8, 0):
-        name = torch.cuda.get_device_name(known)
-        raise InvalidRequest(f"{name} is too old for the kernels, which need compute capability 8.0; use device='cpu'")
-    if importlib.util.find_spec("triton") is None:
-        raise MissingDependency("device='cuda' needs Triton, which CUDA builds of torch bring: pip install triton")
-    return known
 
 
 def _tokenizer(options: Options, folder: Any) -> TokenizerProtocol | None:

@@ -121,6 +121,19 @@ class KVCache:
         self._layers, self._rows = [], []
 
 
+def dtype_named(name: str, device: torch.device) -> torch.dtype | None:
+    """What kv_cache_dtype means there; None: the model's own dtype. Raises InvalidRequest for one the device lacks."""
+    if name == "auto":
+        return None
+    if name != "fp8":
+        raise InvalidRequest(f'kv_cache_dtype must be "auto" or "fp8", got {name!r}')
+    if device.type != "cuda":
+        raise InvalidRequest(
+            f"kv_cache_dtype={name!r} needs a CUDA device: leave it 'auto' on a CPU, or use device='cuda'"
+        )
+    return torch.float8_e4m3fn
+
+
 def free_on(device: torch.device) -> int:
     """Bytes this process may still take on a device; on a GPU less GPU_MARGIN, and with what torch holds unused."""
     if device.type == "cpu":

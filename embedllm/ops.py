@@ -6,12 +6,14 @@ Owns that choice and what has to be prepared once per step. Knows no model. Inva
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from embedllm.batch import Batch
+from embedllm.errors import InvalidRequest, MissingDependency
 from embedllm.kv_cache import KVCache
 from embedllm_kernels import reference
 from embedllm_kernels.cpu import attention as cpu_attention
@@ -71,6 +73,30 @@ class Attention(Protocol):
         sinks: Tensor | None = None,
     ) -> Tensor:
         """reference.paged_attention over the layer's cache. q [tokens, heads, k_dim]; out is written and returned."""
+
+
+def device_named(device: str) -> torch.device:
+    """The device that an option names. Raises InvalidRequest for one that is not here or cannot run the kernels."""
+    if device == "auto":
+        return torch.device("cpu")  # until the kernels have run on a card: docs/decisions/0013
+    try:
+        known = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidRequest(f"device={device!r} is not a device; use 'auto', 'cpu' or 'cuda'") from error
+    if known.type == "cpu":
+        return known
+    if known.type != "cuda":
+        raise InvalidRequest(f"device={device!r} is not supported; use 'cpu' or 'cuda'")
+    if not torch.cuda.is_available() or (known.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(f"device={device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+    if str(known) == "cuda":
+        known = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(known) < (8, 0):
+        name = torch.cuda.get_device_name(known)
+        raise InvalidRequest(f"{name} is too old for the kernels, which need compute capability 8.0; use device='cpu'")
+    if importlib.util.find_spec("triton") is None:
+        raise MissingDependency("device='cuda' needs Triton, which CUDA builds of torch bring: pip install triton")
+    return known
 
 
 def on_gpu(device: torch.device) -> bool:

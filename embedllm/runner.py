@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embedllm.batch import build
 from embedllm.errors import EngineClosed
-from embedllm.graphs import DecodeGraphs, Graph, Model
+from embedllm.graphs import CUDAGraphs, DecodeGraphs, Graph, Model
 from embedllm.kv_cache import KVCache
 from embedllm.openmp import Team
 from embedllm.plan_types import Plan
@@ -41,7 +41,8 @@ class Runner:
     depth: how many steps may be in flight; on a GPU one is launched while the one before it runs.
     """
 
-    def __init__(self, model: Model, kv_cache: KVCache, max_num_seqs: int) -> None:
+    def __init__(self, model: Model, kv_cache: KVCache, max_num_seqs: int, captured: bool = False) -> None:
+        """captured: on a GPU, decoding steps are captured and replayed; see DecodeGraphs."""
         self._model: Model | None = model
         self._kv = kv_cache
         self.device = kv_cache.blocks.device
@@ -50,6 +51,8 @@ class Runner:
         self.depth = 1 if self.device.type == "cpu" else 2
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=self.device)  # of each row
         self._graphs: DecodeGraphs | None = None
+        if captured and self.device.type == "cuda":
+            self.capture(CUDAGraphs())
 
     def capture(self, capture: Callable[[Callable[[], None]], Graph]) -> None:
         """From now on, capture decoding steps and replay them. See DecodeGraphs."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedllm.core import choose_device, choose_kv_dtype, choose_num_blocks, max_sequences
+from embedllm.core import choose_num_blocks, max_sequences
 from embedllm.errors import ModelFormatError, OutOfMemory, UnknownOption, UnsupportedModel
 from embedllm.options import Options
 
@@ -108,13 +108,14 @@ def plan(model: Any = None, **options: Any) -> PlanReport:
     """
     from embedllm.models import hub, loader
     from embedllm.models.fields import Fields
+    from embedllm.ops import device_named
 
     for name in options:
         if name not in _OPTIONS:
             raise UnknownOption.named(name, _OPTIONS, "plan")
     asked = Options(**options)
     snapshot = hub.resolve(model, asked.revision, asked.token, progress=asked.progress, weights=False)
-    device = choose_device(asked.device)
+    device = device_named(asked.device)
     where = str(snapshot.path / "config.json")
     size = _measure(snapshot, where, asked.trust_remote_code)
     dtype = loader.choose_dtype(asked.dtype, size.saved_dtype(Fields(snapshot.config, where)), device)
@@ -216,10 +217,10 @@ def _listed_bytes(folder: Path) -> int:
 
 
 def _report(snapshot: Snapshot, size: _Size, asked: Options, dtype: torch.dtype, device: torch.device) -> PlanReport:
-    from embedllm.kv_cache import free_on
+    from embedllm.kv_cache import dtype_named, free_on
     from embedllm.models.load import check_length, dtype_note
 
-    group = size.kv_group(choose_kv_dtype(asked, device) or dtype)
+    group = size.kv_group(dtype_named(asked.kv_cache_dtype, device) or dtype)
     free = free_on(device)
     weights = size.num_parameters * dtype.itemsize
     if device.type == "cpu" and _packs(dtype):

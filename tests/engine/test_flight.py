@@ -253,3 +253,21 @@ def test_many_readers_cancels_and_stops(test_seed: int) -> None:
         for thread in threads:
             thread.join()
         assert len(done) > 40 and all(done)
+
+
+def test_text_is_made_while_the_next_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detokenising and committing a step come after the launch of the one behind it."""
+    lab = Lab(depth=2)
+    told = [lab.submit(prompt_of(number), 12) for number in range(3)]
+    in_flight: list[int] = []
+    decode = lab.tokenizer.decode
+
+    def watched(*given: Any) -> str:
+        in_flight.append(len(lab.engine._flight))
+        return decode(*given)
+
+    monkeypatch.setattr(lab.tokenizer, "decode", watched)
+    lab.run()
+    lab.check()
+    assert all(one.ended is not None for one in told) and len(in_flight) > 12
+    assert in_flight.count(1) > 0.8 * len(in_flight)  # all but the last step, behind which there is none

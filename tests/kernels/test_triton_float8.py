@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import embedllm
-from embedllm import core, ops
+from embedllm import kv_cache, ops
 from embedllm.kv_cache import KVCache, KVGroup
 from embedllm.models.hub import resolve
 from embedllm.models.load import load
@@ -181,7 +181,7 @@ def test_an_llm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "on_gpu", lambda device: True)
     found = []
     for dtype in (None, FP8):
-        monkeypatch.setattr(core, "choose_kv_dtype", lambda options, device, dtype=dtype: dtype)
+        monkeypatch.setattr(kv_cache, "dtype_named", lambda name, device, dtype=dtype: dtype)
         name = "auto" if dtype is None else "fp8"
         with embedllm.LLM(
             tiny_models.folder("llama-tied"), kv_cache_dtype=name, kv_cache_memory=MEMORY, **options

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import embedllm
-from embedllm import core
+from embedllm import kv_cache, ops
 from embedllm.errors import InvalidRequest, MissingDependency
-from embedllm.options import Options
 
 
 @pytest.fixture
@@ -25,24 +24,24 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.mark.usefixtures("cards")
 def test_cuda_is_the_current_card_or_the_one_named() -> None:
-    assert core.choose_device("cuda") == torch.device("cuda", 1)
-    assert core.choose_device("cuda:0") == torch.device("cuda", 0)
-    assert core.choose_device("cpu") == torch.device("cpu")
+    assert ops.device_named("cuda") == torch.device("cuda", 1)
+    assert ops.device_named("cuda:0") == torch.device("cuda", 0)
+    assert ops.device_named("cpu") == torch.device("cpu")
     with pytest.raises(InvalidRequest, match="'cuda:2' is not here: torch sees 2 CUDA devices"):
-        core.choose_device("cuda:2")
+        ops.device_named("cuda:2")
 
 
 def test_an_old_card_is_refused(cards: SimpleNamespace) -> None:
     cards.capability = (7, 5)
     with pytest.raises(InvalidRequest, match=r"Some Card is too old .* device='cpu'"):
-        core.choose_device("cuda")
+        ops.device_named("cuda")
 
 
 @pytest.mark.usefixtures("cards")
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="pip install triton"):
-        core.choose_device("cuda")
+        ops.device_named("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
@@ -63,6 +62,5 @@ def test_a_float8_cache_is_for_cards() -> None:
         for dtype in ("fp16", "FP8", "", None, 8, ["fp8"]):
             with pytest.raises(InvalidRequest, match='kv_cache_dtype must be "auto" or "fp8", got '):
                 function(kv_cache_dtype=dtype)
-    asked = Options(kv_cache_dtype="fp8")
-    assert core.choose_kv_dtype(asked, torch.device("cuda", 1)) == torch.float8_e4m3fn
-    assert core.choose_kv_dtype(Options(), torch.device("cuda", 1)) is None
+    assert kv_cache.dtype_named("fp8", torch.device("cuda", 1)) == torch.float8_e4m3fn
+    assert kv_cache.dtype_named("auto", torch.device("cuda", 1)) is None

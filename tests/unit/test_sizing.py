@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import embedllm
-from embedllm import kv_cache, sizing
+from embedllm import kv_cache, ops
 from embedllm.errors import InvalidRequest, UnknownOption
 from embedllm.models.shapes import SHAPES
 from embedllm.sizing import PlanReport
@@ -75,7 +75,7 @@ def test_the_cache_is_sized_by_the_options(
 def test_float8_halves_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder(tmp_path, "llama-3.1-8b")
     with_free(monkeypatch, 80 * 2**30)
-    monkeypatch.setattr(sizing, "choose_device", torch.device)
+    monkeypatch.setattr(ops, "device_named", torch.device)
     options = {"dtype": "bfloat16", "device": "cuda", "kv_cache_memory": "1GiB"}
     wide, narrow = (embedllm.plan(path, kv_cache_dtype=dtype, **options) for dtype in ("auto", "fp8"))
     assert (wide.kv_bytes_per_token, narrow.kv_bytes_per_token) == (131_072, 65_536)
