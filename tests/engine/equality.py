@@ -150,7 +150,7 @@ def alone(
     limits = Limits(block_size=block_size, num_blocks=64, max_model_len=256, max_num_seqs=1, max_batch_tokens=256)
     bench = Bench(name, limits, unwritten=math.nan if disturb is None else 0.0)
     if disturb is not None:
-        run = bench._run
+        run = bench.__call__
 
         def disturbed(plan: Plan, *rest: Any) -> ModelOutput:
             disturb(bench, plan)

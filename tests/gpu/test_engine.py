@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import embedllm
 from embedllm.errors import OutOfMemory
@@ -40,6 +44,62 @@ def test_same_tokens_as_transformers(name: str, block_size: int, test_seed: int)
         assert not verdict.wrong, verdict.wrong
         assert len(verdict.ties) <= 1
         assert stats.num_requests_running == 0 and stats.kv_cache_usage == 0.0
+
+
+DEVICE = OPTIONS["device"]
+
+
+def gaps(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
+    """By how much, in the logits' scale, transformers' best logit leads our token, given our tokens before it."""
+    found = []
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + tokens[:-1]], device=DEVICE)).logits[0, len(prompt) - 1 :].float()
+        ours = torch.tensor(tokens, device=DEVICE)
+        found.append((logits.amax(1) - logits.gather(1, ours[:, None])[:, 0]) / logits.abs().amax(1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", list(tiny_models.RECIPES))
+def test_bfloat16_tokens_are_mostly_transformers_own(name: str, test_seed: int) -> None:
+    """Teacher-forced, in bfloat16 on the same device. These models are made so that everything depends on everything,
+    so rounding turns some choices around: on a CPU one in ten at most, and more where experts are chosen.
+    """
+    rng = random.Random(test_seed)
+    prompts = [draw(rng, 5 + 3 * number) for number in range(8)]
+    params = embedllm.SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    with embedllm.LLM(tiny_models.folder(name), dtype="bfloat16", num_kv_blocks=512, **OPTIONS) as llm:
+        answers = [completion.tokens for completion in llm.generate(prompts, params)]
+    found = gaps(copy.deepcopy(tiny_models.reference(name)).to(DEVICE, torch.bfloat16), prompts, answers)
+    assert (found == 0).float().mean() > 0.75, found
+
+
+def test_bfloat16_tokens_of_a_trained_model_are_transformers_own() -> None:
+    """The same for the model in the box, whose logits are not chaotic: what differs leads by next to nothing."""
+    texts = ["def add(a, b):", "class Reader:", "import os", "for name in names:", "import sys; print("]
+    params = embedllm.SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    with embedllm.LLM(device=DEVICE, dtype="bfloat16", progress=False) as llm:
+        prompts = [llm.tokenize(text) for text in texts]
+        answers = [completion.tokens for completion in llm.generate(prompts, params)]
+    folder = Path(embedllm.__file__).parent / "demo" / "model"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
+    found = gaps(theirs, prompts, answers)
+    assert (found == 0).float().mean() > 0.95 and found.max() < 0.03, found
+
+
+def test_resizing_moves_the_memory_and_nobodys_tokens() -> None:
+    prompts = ["def add(a, b):", "class Reader:", "import os", "for name in names:"]
+    params = embedllm.SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    with embedllm.LLM(device=DEVICE, dtype="float32", kv_cache_memory="64MiB", progress=False) as llm:
+        expected = [completion.tokens for completion in llm.generate(prompts, params)]
+        before = torch.cuda.memory_allocated()
+        asked = [llm.submit(prompt, params) for prompt in prompts]
+        next(iter(asked[0]))
+        sizes = [llm.resize_kv(size).kv_cache for size in ("16MiB", "96MiB")]
+        assert [one.result().tokens for one in asked] == expected
+        assert sizes[0] <= 16 * 2**20 < sizes[1] <= 96 * 2**20
+        assert before + 28 * 2**20 < torch.cuda.memory_allocated() < before + 36 * 2**20
+        assert [completion.tokens for completion in llm.generate(prompts, params)] == expected  # captured anew
 
 
 def test_bfloat16_is_near_what_the_host_computes() -> None:
