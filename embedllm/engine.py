@@ -91,6 +91,7 @@ class Engine:
         self._start_overs_in_a_row = self._idle_steps = 0
         self._dead: EngineDead | None = None  # what the next step raises
         self.last_beat = clock()
+        self.steps_left: int | None = None  # how many more are planned before it pauses; None: all
         self.stop_asked = False
         self.cancel_asked: set[int] = set()
 
@@ -102,7 +103,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._flight) or bool(self._output.ended)
+        return (self.scheduler.has_work and self.steps_left != 0) or bool(self._flight) or bool(self._output.ended)
 
     @property
     def next_deadline(self) -> float | None:
@@ -138,16 +139,12 @@ class Engine:
 
     def park(self, request_id: int) -> None:
         """Set a request aside without blocks until `resume`: nobody reads it."""
-        for sample in self._samples_of(request_id):
+        for sample in getattr(self._live.get(request_id), "samples", ()):
             self.scheduler.park(sample.sequence)
 
     def resume(self, request_id: int) -> None:
-        for sample in self._samples_of(request_id):
+        for sample in getattr(self._live.get(request_id), "samples", ()):
             self.scheduler.resume(sample.sequence)
-
-    def _samples_of(self, request_id: int) -> list[Sample]:
-        live = self._live.get(request_id)
-        return live.samples if live is not None else []
 
     def end_all(self, error: BaseException) -> StepOutput:
         """End every request with this error, the first cause."""
@@ -219,13 +216,15 @@ class Engine:
         self._start_overs_in_a_row = 0
 
     def _plan(self) -> Plan | None:
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan() if self.steps_left != 0 else None
         if plan is None:
-            idle = self.scheduler.has_work and not self._flight
+            idle = self.scheduler.has_work and self.steps_left != 0 and not self._flight
             self._idle_steps = self._idle_steps + 1 if idle else 0
             if self._idle_steps >= MAX_IDLE_STEPS:
                 raise RuntimeError(f"{len(self.scheduler.sequences)} sequences wait and none can run")
             return None
+        if self.steps_left is not None:
+            self.steps_left -= 1
         self._idle_steps = 0
         self.metrics.num_steps += 1
         now = self._clock()

@@ -822,3 +822,25 @@ def test_readers_that_wait_use_next_to_no_cpu() -> None:
         for thread in threads:
             thread.join(5)
         assert used < 0.1, f"{used:.0%} of a core"
+
+
+def test_a_paused_engine_runs_as_many_steps_as_it_is_told() -> None:
+    """Cancelling works meanwhile, and whoever goes on says the same tokens."""
+    model = Hooked()
+    with opened(model) as llm:
+        engine = engine_of(llm)
+        worker = llm._core.worker  # type: ignore[union-attr]
+        worker.call(lambda engine: setattr(engine, "steps_left", 0))
+        first, second = (llm.submit(prompt_of(number), max_tokens=9) for number in (1, 2))
+        for steps in (1, 3):
+            done = model.num_steps
+            worker.call(lambda engine, steps=steps: setattr(engine, "steps_left", steps))
+            until(lambda: engine.steps_left == 0)
+            worker.call(lambda engine: None)
+            assert model.num_steps == done + steps
+        assert not first.done and first.num_tokens == 4
+        second.cancel()
+        until(lambda: second.done)
+        assert model.num_steps == 4
+        worker.call(lambda engine: setattr(engine, "steps_left", None))
+        assert first.result().tokens == model.expected(prompt_of(1), 9)
