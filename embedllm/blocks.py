@@ -57,6 +57,10 @@ class BlockPool:
     def refs(self, block: int) -> int:
         return self._refs[block]
 
+    def copy(self) -> tuple[array[int], dict[int, int]]:
+        """The references of every block, and the node of every cached one."""
+        return self._refs[:], dict(self._node_of)
+
     def allocate(self) -> int:
         """A block with one reference and undefined content. The caller checked `num_available`."""
         if self._free:

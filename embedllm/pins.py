@@ -19,12 +19,12 @@ class Pins:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._ids = itertools.count(1)
-        self._held: dict[int, list[int]] = {}  # pin id -> blocks, each with one reference
+        self.held: dict[int, list[int]] = {}  # pin id -> blocks, each with one reference
 
     @property
     def references(self) -> list[int]:
         """Every pinned block, once per pin."""
-        return [block for blocks in self._held.values() for block in blocks]
+        return [block for blocks in self.held.values() for block in blocks]
 
     def check(self, tokens: list[int], salt: str | None) -> None:
         """Raises InvalidRequest if the full blocks of these tokens could not be pinned now."""
@@ -64,7 +64,7 @@ class Pins:
             return 0, 0
         self._scheduler.pool.share(blocks)
         pin_id = next(self._ids)
-        self._held[pin_id] = blocks
+        self.held[pin_id] = blocks
         if self._scheduler.recorder is not None:
             self._scheduler.recorder.append((events.PIN, pin_id, *blocks))
         self._count()
@@ -72,7 +72,7 @@ class Pins:
 
     def remove(self, pin_id: int) -> None:
         """Let a pin's blocks go; one that is gone already is ignored."""
-        blocks = self._held.pop(pin_id, [])
+        blocks = self.held.pop(pin_id, [])
         if blocks and self._scheduler.recorder is not None:
             self._scheduler.recorder.append((events.UNPIN, pin_id))
         self._scheduler.pool.release(blocks)
@@ -80,7 +80,7 @@ class Pins:
 
     def forget(self, scheduler: Scheduler) -> None:
         """A new scheduler knows none of them."""
-        self._held.clear()
+        self.held.clear()
         self._scheduler = scheduler
 
     def _find(self, tokens: list[int], salt: str | None) -> list[int]:

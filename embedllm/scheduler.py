@@ -53,7 +53,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up
         self.num_prefix_hits = 0  # prompt tokens found
-        self._num_plans = 0
+        self.num_plans = 0  # also the number of the newest one
         self._blocked: tuple[int, int, int] | None = None  # what the head of the queue did not fit beside
 
     # ---- in and out -------------------------------------------------------------------------------------------
@@ -106,12 +106,12 @@ class Scheduler:
             self._wait(sequence)
 
     def successor(self, limits: Limits) -> Scheduler:
-        """An empty scheduler with other limits and this one's budget, recorder and totals."""
+        """An empty scheduler with other limits and this one's budget, recorder and totals; it numbers its plans on."""
         new = Scheduler(limits)
         new.budget = self.budget if limits.chunked_prefill else limits.max_batch_tokens  # whole prompts need it
         new.recorder = new.pool.recorder = self.recorder
         new.num_preemptions, new.num_prefix_queries = self.num_preemptions, self.num_prefix_queries
-        new.num_prefix_hits = self.num_prefix_hits
+        new.num_prefix_hits, new.num_plans = self.num_prefix_hits, self.num_plans
         return new
 
     def _wait(self, sequence: Sequence) -> None:
@@ -290,8 +290,8 @@ class Scheduler:
             if entry.num_logits:
                 sequence.num_sampling += 1
             entries.append(entry)
-        self._num_plans += 1
-        return Plan(self._num_plans, entries, copies)
+        self.num_plans += 1
+        return Plan(self.num_plans, entries, copies)
 
     # ---- second half: commit or roll back ---------------------------------------------------------------------
 

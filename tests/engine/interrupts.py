@@ -135,7 +135,7 @@ def settle(llm: embedllm.LLM) -> bool:
     while engine._live or engine.scheduler.pool.num_used or num_running() > num_threads:
         if time.monotonic() > deadline:
             raise AssertionError(f"left behind: {engine._live} {engine.pins.references} {threading.enumerate()}")
-        for pin in list(engine.pins._held):  # the interrupt came between pin() and its with block
+        for pin in list(engine.pins.held):  # the interrupt came between pin() and its with block
             llm._core.worker.call(lambda engine, pin=pin: engine.pins.remove(pin))  # type: ignore[union-attr]
         time.sleep(0.002)
     return at_once

@@ -21,6 +21,7 @@ from embedllm.resizing import begin_again
 from embedllm.scheduler import Scheduler
 from embedllm.sequence import Sequence, State
 from embedllm.testing import HashLM, HashRunner
+from embedllm.trace import record_plan
 
 VOCAB = 97
 SHARED = [(7 * i) % 89 for i in range(64)]  # what prompts begin with
@@ -72,6 +73,7 @@ class World:
         self.scheduler.recorder = self.scheduler.pool.recorder = self
         self.flight: deque[tuple[Plan, list[list[int]]]] = deque()
         self._unchecked: list[Job] = []  # until they have ended
+        self.pin_ids: list[int] = []  # beside `pins`
         self.random = random.Random(0)  # only for what a mixed drafter guesses
 
     # ---- what the policy says while it works ------------------------------------------------------------------
@@ -192,10 +194,10 @@ class World:
             self.commit()
         self.limits = replace(self.limits, num_blocks=num_blocks)
         self.runner.resize(num_blocks)
+        self.append((events.RESIZE, num_blocks))
         sequences = list(self.scheduler.sequences.values())
         self.scheduler = self.scheduler.successor(self.limits)
         begin_again(self.scheduler, sequences)
-        self.counts["resize"] += 1
         self.check()
 
     # ---- the cache --------------------------------------------------------------------------------------------
@@ -215,12 +217,15 @@ class World:
             self.scheduler.pool.share(blocks)
             self.pins.append(blocks)
             self.scheduler.num_pinned = len(pinned)
-            self.counts["pin"] += 1
+            self.pin_ids.append(self.counts[events.PIN] + 1)
+            self.append((events.PIN, self.pin_ids[-1], *blocks))
             self.check()
 
     def unpin(self, index: int = 0) -> None:
         if self.pins:
-            self.scheduler.pool.release(self.pins.pop(index % len(self.pins)))
+            index %= len(self.pins)
+            self.append((events.UNPIN, self.pin_ids.pop(index)))
+            self.scheduler.pool.release(self.pins.pop(index))
             self.scheduler.num_pinned = len({block for pin in self.pins for block in pin})
             self.check()
 
@@ -250,7 +255,7 @@ class World:
             assert self.flight or not self.scheduler.has_work, "work, nothing in flight, and nothing planned"
         else:
             check_plan(plan, self.scheduler)
-            self.counts["copy"] += len(plan.copies)
+            record_plan(self, plan, self.counts[events.STEP] * 1e-3)
             self.counts["chunk"] += sum(1 for entry in plan.entries if not entry.num_logits)
             self.flight.append((plan, self.runner.sample(plan)))
         self.check()
@@ -311,10 +316,11 @@ class World:
             return (job.expected[done:] + [0] * 40)[:40]
         return right
 
-    def run(self, most: int = 4_000) -> None:
-        """Until nothing is left to do."""
+    def run(self) -> None:
+        """Until nothing is left to do: a few steps per token at most, however small the budget."""
         for job in self.jobs:
             self.resume(job)
+        most = 1_000 + 8 * sum(len(s.tokens) + s.max_tokens for s in self.scheduler.sequences.values())
         for _ in range(most):
             if not self.scheduler.sequences and not self.flight:
                 break
