@@ -7,6 +7,9 @@ VENV ?= .venv
 TORCH_INDEX ?=
 # Parallel test processes, each with one torch thread.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# What make test-matrix runs, and with which versions.
+IPYKERNELS ?= 6.31 7.0 7.1 newest
+KERNEL_TESTS := tests/notebook/test_interrupts.py tests/notebook/test_display.py
 # More arguments for pytest, the bench or the demo: make test ARGS="tests/unit -x"
 ARGS ?=
 
@@ -19,7 +22,7 @@ PIP_ARGS := --disable-pip-version-check $(if $(HAS_GPU),,-c requirements/cpu.txt
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench docs test-gpu clean
+.PHONY: help demo test test-matrix browser check format bench docs test-gpu clean
 
 help: ## list these verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r verb text; \
@@ -30,9 +33,30 @@ demo: $(INSTALLED) ## stream ten prompts through the model in the box
 
 # Tests that measure time run alone first; a failure there ends the run, so the last line always tells the truth.
 # pytest's exit code 5 means that nothing was selected.
-test: $(INSTALLED) ## run every test that needs no GPU and no network
+test: $(INSTALLED) browser ## run every test that needs no GPU and no network
 	@$(PY) -m pytest -m "serial and not gpu and not soak" $(ARGS) || [ $$? -eq 5 ]
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not serial and not gpu and not soak" $(ARGS)
+
+# The notebook tests drive a real browser. Where there is none and it may be installed, it is; else they are skipped.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	run=""; [ "$$(id -u)" = 0 ] || run="sudo -n"; \
+	if command -v apt-get >/dev/null && $$run true 2>/dev/null; then \
+		echo "installing chromium for the notebook tests"; \
+		{ $$run apt-get update && $$run env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
+			>/dev/null 2>&1 || echo "make: chromium could not be installed" >&2; \
+	fi; \
+	command -v chromium >/dev/null || echo "no Chromium here: the tests that need a browser are skipped" >&2
+
+# Stop in a notebook depends on the kernel: its tests with others than the one that is installed, as users have them.
+test-matrix: $(INSTALLED) ## run the kernel tests with older and the newest ipykernel
+	@for version in $(IPYKERNELS); do \
+		folder=$(VENV)/matrix/$$version; wanted="ipykernel==$$version.*"; [ $$version != newest ] || wanted=ipykernel; \
+		[ -e $$folder/.installed ] || $(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade \
+			--target $$folder "$$wanted" && touch $$folder/.installed || exit 1; \
+		echo "ipykernel $$(cd $$folder && ls -d ipykernel-*.dist-info | sed -E 's/ipykernel-(.*).dist-info/\1/')"; \
+		PYTHONPATH=$$folder $(PY) -m pytest -q -m "not gpu and not soak" $(KERNEL_TESTS) $(ARGS) || exit 1; \
+	done
 
 check: $(INSTALLED) ## lint, formatting, types, and the rules of the house
 	@$(PY) -m ruff check .

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from embedllm.params import SamplingParams as SamplingParams
     from embedllm.sizing import plan as plan
     from embedllm.trace import Trace as Trace
+    from embedllm.trace import open_trace as open_trace
 
 _HOME = {
     "Completion": "outputs",
@@ -43,6 +44,7 @@ _HOME = {
     "Trace": "trace",
     "Usage": "outputs",
     "errors": "",
+    "open_trace": "trace",
     "plan": "sizing",
     "testing": "",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "Trace",
     "Usage",
     "errors",
+    "open_trace",
     "plan",
     "testing",
 ]
@@ -74,6 +77,16 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"embedllm.{home}"), name)
     globals()[name] = value
     return value
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """What `%load_ext embedllm` calls."""
+    importlib.import_module("embedllm.notebook").load_ipython_extension(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """What `%unload_ext embedllm` calls."""
+    importlib.import_module("embedllm.notebook").unload_ipython_extension(shell)
 
 
 def __dir__() -> list[str]:

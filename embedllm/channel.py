@@ -21,6 +21,7 @@ from embedllm.outputs import Completion, Delta, FinishReason, TokenLogprobs
 from embedllm.request import Ended, Update
 
 SLICE = 0.25  # seconds a wait lasts before it looks whether the engine still lives
+HEARTBEAT = 0.1  # seconds that an event loop sleeps at most while one of its coroutines reads
 
 
 @dataclass(slots=True)
@@ -91,9 +92,22 @@ class Cursor(Protocol):
 class Channel:
     """One request's record and the readers waiting for it."""
 
-    def __init__(self, request_id: int, num_samples: int, *, foreground: bool, owner: object = None) -> None:
+    def __init__(
+        self,
+        request_id: int,
+        num_samples: int,
+        *,
+        foreground: bool,
+        owner: object = None,
+        ends_with_cell: bool = False,
+        is_chat: bool = False,
+    ) -> None:
         self.request_id = request_id
         self.foreground = foreground
+        self.ends_with_cell = ends_with_cell  # where a notebook's cell began it, Stop in that cell ends it
+        self.is_chat = is_chat  # the answer to a conversation, which is Markdown, as opposed to a text going on
+        self.began = time.monotonic()
+        self.first_token: float | None = None  # when it came
         self.owner = owner  # the LLM the request came from: it stays open until the request has ended
         self.handle: weakref.ref[object] | None = None  # the Generation; nobody else can ever read this
         self.cursors: list[weakref.ref[Cursor]] = []  # those that were started and are still there
@@ -104,12 +118,14 @@ class Channel:
         self.last_read = time.monotonic()
         self.parked = False
         self._waiters: list[Waiter] = []
+        self._awake: set[asyncio.AbstractEventLoop] = set()
 
     # ---- the engine's side ------------------------------------------------------------------------------------
 
     def push(self, update: Update) -> None:
         sample = self.samples[update.index]
         if update.text or update.tokens:
+            self.first_token = self.first_token or time.monotonic()
             sample.pieces.append((update.text, update.tokens, update.logprobs))
             sample.num_tokens += len(update.tokens)
         if update.finish_reason is not None:
@@ -161,6 +177,23 @@ class Channel:
                 await asyncio.wait({waiter.future}, timeout=timeout)
         finally:
             self._forget(waiter)
+
+    def keep_awake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Have the running `loop` wake up every HEARTBEAT seconds until the request has ended.
+
+        Stop in a notebook asks the loop to cancel the cell, and does not wake it from whatever it waits for.
+        """
+        if loop in self._awake:
+            return
+
+        def beat() -> None:
+            if self.ended is None:
+                loop.call_later(HEARTBEAT, beat)
+            else:
+                self._awake.discard(loop)
+
+        self._awake.add(loop)
+        beat()
 
     def _forget(self, waiter: Waiter) -> None:
         with contextlib.suppress(ValueError):  # the engine took it already

@@ -103,7 +103,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--echo", action="store_true", help="print the prompt before its completion")
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt instead of text")
     parser.add_argument("--stats", action="store_true", help="say on stderr how many tokens it took and how long")
-    _add_sampling(parser)
+    add_sampling(parser)
     _add_engine(parser)
     parser.set_defaults(run=_generate)
 
@@ -115,7 +115,7 @@ def _add_chat(commands: Any) -> None:
         description="A conversation on the terminal. /reset forgets it, /exit leaves, Ctrl-C stops an answer.",
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    _add_sampling(parser)
+    add_sampling(parser)
     _add_engine(parser)
     parser.set_defaults(run=_chat)
 
@@ -163,7 +163,8 @@ def _add_engine(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run Python files of the model")
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options of SAMPLING, as a group of the parser."""
     group = parser.add_argument_group("sampling (what is not given comes from the model's generation_config)")
     group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of output; default 256")
     group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
@@ -176,14 +177,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end token")
 
 
-def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Those of the options that were on the command line."""
     values = {name: getattr(args, name, None) for name in names}
-    given = {name: value for name, value in values.items() if value is not None}
-    memory = given.get("kv_cache_memory")
+    found = {name: value for name, value in values.items() if value is not None}
+    memory = found.get("kv_cache_memory")
     if isinstance(memory, str) and memory.isdigit():
-        given["kv_cache_memory"] = int(memory)
-    return given
+        found["kv_cache_memory"] = int(memory)
+    return found
 
 
 # ---- commands -------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     import embedllm
 
-    print(embedllm.plan(args.model, **_given(args, ENGINE)))
+    print(embedllm.plan(args.model, **given(args, ENGINE)))
     return 0
 
 
@@ -212,8 +213,8 @@ def _generate(args: argparse.Namespace) -> int:
     import embedllm
 
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
-    params = embedllm.SamplingParams(**_given(args, SAMPLING))
-    with embedllm.LLM(args.model, **_given(args, ENGINE)) as llm:
+    params = embedllm.SamplingParams(**given(args, SAMPLING))
+    with embedllm.LLM(args.model, **given(args, ENGINE)) as llm:
         asked: list[Any] = [[{"role": "user", "content": prompt}] for prompt in prompts] if args.chat else prompts
         if len(asked) == 1 and params.n == 1 and not args.json:
             if args.echo:
@@ -287,9 +288,9 @@ def _chat(args: argparse.Namespace) -> int:
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # input() then edits lines and keeps a history
-    params = embedllm.SamplingParams(**_given(args, SAMPLING))
+    params = embedllm.SamplingParams(**given(args, SAMPLING))
     system = [{"role": "system", "content": args.system}] if args.system else []
-    with embedllm.LLM(args.model, **_given(args, ENGINE)) as llm:
+    with embedllm.LLM(args.model, **given(args, ENGINE)) as llm:
         on_terminal = sys.stdin.isatty()
         if on_terminal:
             print(f"{llm.info.model}, {llm.info.max_model_len:,} tokens of context. /help lists the commands.")

@@ -15,6 +15,8 @@ from typing import TypeVar
 from embedllm.plan_types import Entry, Plan
 
 log = logging.getLogger("embedllm")
+if not log.handlers:  # a record that nobody asked for lands nowhere, and not below the cell that happens to run
+    log.addHandler(logging.NullHandler())
 R = TypeVar("R")
 
 

@@ -6,17 +6,21 @@ join to the completion, and no reader can slow the engine.
 
 from __future__ import annotations
 
-import html
+import asyncio
 import time
 import weakref
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from embedllm.channel import SLICE, Channel
+from embedllm.channel import HEARTBEAT, SLICE, Channel
+from embedllm.display import show, views
+from embedllm.models.progress import in_notebook
 from embedllm.outputs import Completion, Delta
 
 if TYPE_CHECKING:
     from embedllm.worker import Worker
+
+TURN = 0.001  # seconds; a turn of the loop long enough for a cancellation that is under way to arrive
 
 
 class Generation:
@@ -122,6 +126,7 @@ class Generation:
         return self._wait().__await__()
 
     async def _wait(self) -> Completion:
+        self._channel.keep_awake(asyncio.get_running_loop())
         try:
             while True:
                 seen = self._channel.version
@@ -147,13 +152,15 @@ class Generation:
         return f"<Generation {self._channel.request_id}: {state}, {len(self.tokens)} tokens>"
 
     def _repr_markdown_(self) -> str:
-        return self._channel.completion()._repr_markdown_()
+        return views(self._channel)["text/markdown"]
 
     def _repr_html_(self) -> str:
-        if self._channel.ended is None:
-            footer = html.escape(f"{self.num_tokens} tokens · still running")
-            return f'<pre style="white-space:pre-wrap;margin:0">{html.escape(self.text)}</pre><div>{footer}</div>'
-        return self._channel.completion()._repr_html_()
+        return views(self._channel)["text/html"]
+
+    def _ipython_display_(self) -> None:
+        if not in_notebook():
+            raise NotImplementedError  # IPython asks for the other views then
+        show(self)
 
 
 class _Reading:
@@ -244,20 +251,27 @@ class Cursor(_Reading):
 
 
 class AsyncCursor(_Reading):
-    """The same for `async for`, in whatever loop awaits it."""
+    """The same for `async for`, in whatever loop awaits it. A reader who is behind still gives the loop its turns."""
+
+    _last_turn = 0.0
 
     def __aiter__(self) -> AsyncCursor:
         return self
 
     async def __anext__(self) -> Delta:
+        self._channel.keep_awake(asyncio.get_running_loop())
         try:
             self._start()
+            if time.monotonic() - self._last_turn > HEARTBEAT:
+                await asyncio.sleep(TURN)
+                self._last_turn = time.monotonic()
             while not self.closed:
                 delta, seen = self._look()
                 if delta is not None:
                     return delta
                 if not self.closed:
                     await self._channel.wait_async(seen, SLICE)
+                    self._last_turn = time.monotonic()
         except BaseException:
             self.close()
             raise

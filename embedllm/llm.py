@@ -7,15 +7,14 @@ scheduling. Invariant: what is refused is refused here, before anything is queue
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import time
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, overload
 
-from embedllm import registry
+from embedllm import cells, registry
 from embedllm.cache import Cache, Pin
 from embedllm.channel import SLICE, Channel
 from embedllm.config import Limits
@@ -30,7 +29,7 @@ from embedllm.errors import (
 )
 from embedllm.generation import Generation
 from embedllm.metrics import Stats
-from embedllm.options import Options
+from embedllm.options import Options, key_of
 from embedllm.outputs import Completion
 from embedllm.params import SamplingParams
 from embedllm.prompts import Prompt, PromptEncoder
@@ -67,9 +66,10 @@ class LLM:
             if name not in known:
                 raise UnknownOption.named(name, known, "LLM")
         chosen = Options(**options)
+        cells.follow()
         self._progress = chosen.progress
         self._random = random.Random(chosen.seed)
-        self._core: Core | None = registry.acquire(_key(model, chosen), lambda: build(model, chosen), self)
+        self._core: Core | None = registry.acquire(key_of(model, chosen), lambda: build(model, chosen), self)
         self._info = self._core.info
         self._held: weakref.WeakSet[Pin | Trace] = weakref.WeakSet()  # what ends with this handle
         self._prompts = PromptEncoder(self._core.tokenizer, self._core.limits.num_input_ids)
@@ -83,7 +83,7 @@ class LLM:
 
         Raises InvalidRequest here, before anything is queued, for whatever cannot run as asked.
         """
-        return self._enqueue(self._request(prompt, params, overrides, tools), foreground=False)
+        return self._enqueue(self._request(prompt, params, overrides, tools), ends_with_cell=False)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, tools: Any = None, **overrides: Any
@@ -181,12 +181,21 @@ class LLM:
             seed=resolved.seed if resolved.seed is not None else self._random.getrandbits(63),
             submitted=time.monotonic(),
             bad_words=bad_words,
+            is_chat=isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], dict),
         )
 
-    def _enqueue(self, request: Request, *, foreground: bool) -> Generation:
+    def _enqueue(self, request: Request, *, foreground: bool = False, ends_with_cell: bool = True) -> Generation:
         """Hand it to the engine's thread. Raises QueueFull and what says that there is no engine."""
+        cells.follow()
         worker = self._open().worker
-        channel = Channel(request.id, request.params.n, foreground=foreground, owner=self)
+        channel = Channel(
+            request.id,
+            request.params.n,
+            foreground=foreground,
+            owner=self,
+            ends_with_cell=ends_with_cell,
+            is_chat=request.is_chat,
+        )
         generation = Generation(worker, channel, request.prompt)
         worker.submit(request, channel)
         return generation
@@ -195,7 +204,7 @@ class LLM:
         """The same for one of a list: where the queue is full of those `before` it, once some of them have ended."""
         while True:
             try:
-                return self._enqueue(request, foreground=False)
+                return self._enqueue(request)
             except QueueFull:
                 pending = [one for one in before if isinstance(one, Generation) and not one.done]
                 if not pending:
@@ -278,18 +287,25 @@ class LLM:
         limits, worker = self._open().limits, self._open().worker
         trace = Trace(limits.num_blocks, limits.block_size, capacity)
         ring = trace.ring
-        worker.call(lambda engine: engine.attach(ring))
+        worker.call(trace.begin)
         trace.on_stop(lambda: worker.tell(lambda engine: engine.detach(ring)))
         self._held.add(trace)
         return trace
 
     def monitor(self) -> Monitor:
-        """A live view of the KV blocks and of who holds them: text, redrawn on a terminal."""
-        from embedllm.monitor import Monitor
+        """A view of the KV blocks and of who holds them: live in a notebook, text elsewhere. One of each engine."""
+        return self._open().monitor
 
-        return Monitor(self._open().worker)
+    @staticmethod
+    def opened() -> list[LLM]:
+        """Every open LLM of this process, in no order."""
+        return registry.handles()
 
     # ---- end --------------------------------------------------------------------------------------------------
+
+    def cancel_all(self) -> None:
+        """End every request of this handle, as their `cancel()` would. Returns at once."""
+        self._open().worker.cancel_all(lambda channel: channel.owner is self)
 
     def close(self) -> None:
         """Cancel this handle's requests; the last handle on a model also gives its memory back. Idempotent.
@@ -301,7 +317,7 @@ class LLM:
         if core is not None:
             for held in list(self._held):
                 held.unpin() if isinstance(held, Pin) else held.stop()
-            core.worker.cancel_all_of(self)
+            core.worker.cancel_all(lambda channel: channel.owner is self)
             registry.release(core, self)
 
     @property
@@ -322,39 +338,6 @@ class LLM:
 
     def __repr__(self) -> str:
         return f"<LLM {self.info.model}{' (closed)' if self.closed else ''}>"
-
-
-@dataclass(frozen=True, eq=False)
-class _Same:
-    """An object as part of a key: equal to itself only, and alive as long as the key is."""
-
-    value: object
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _key(model: Any, options: Options) -> Hashable:
-    """What makes two handles share an engine: everything but the seed of the handle and its bars."""
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    values = {name: value if isinstance(value, Hashable) else _Same(value) for name, value in given.items()}
-    values |= {"seed": None, "progress": None, "tokenizer": _identity(options.tokenizer)}
-    return (_identity(model), *sorted(values.items(), key=lambda item: item[0]))
-
-
-def _identity(source: Any) -> Hashable:
-    """A name as it is; a folder with what tells that its files were replaced; an object as itself."""
-    if source is None or not isinstance(source, (str, os.PathLike)):
-        return source if source is None else _Same(source)
-    name = os.fspath(source)
-    if not os.path.isdir(name):
-        return name
-    with os.scandir(name) as entries:
-        files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
-    return (os.path.abspath(name), *sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in files))
 
 
 def _max_tokens(

@@ -1,13 +1,15 @@
 """What `LLM(...)` may be told, as it was told.
 
-Owns the options, their defaults, and how memory sizes are spelled. Knows no model and no device. Invariant: an Options
-that exists holds nothing that could be refused without looking at the model.
+Owns the options, their defaults, how memory sizes are spelled, and which options make engines differ. Knows no model
+and no device. Invariant: an Options that exists holds nothing that could be refused without looking at the model.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
 from typing import Any
 
 from embedllm.config import check_positive
@@ -67,6 +69,14 @@ class Options:
             parse_memory(self.kv_cache_memory, 1 << 40)  # refused here rather than after the weights are loaded
 
 
+def key_of(model: Any, options: Options) -> Hashable:
+    """What makes two handles share an engine: everything but the seed of the handle and its bars."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    values = {name: value if isinstance(value, Hashable) else _Same(value) for name, value in given.items()}
+    values |= {"seed": None, "progress": None, "tokenizer": _identity(options.tokenizer)}
+    return (_identity(model), *sorted(values.items(), key=lambda item: item[0]))
+
+
 def parse_memory(value: int | float | str, free: int) -> int:
     """Bytes from an int (bytes), a float in (0, 1) (share of `free`), or a string like "4GiB", "512MB", "50%"."""
     share: float = 0
@@ -88,3 +98,28 @@ def parse_memory(value: int | float | str, free: int) -> int:
         f"memory size {value!r} is not understood: use bytes (int), a share of free memory (float between 0 and 1), "
         'or a string such as "4GiB" or "50%"'
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An object as part of a key: equal to itself only, and alive as long as the key is."""
+
+    value: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _identity(source: Any) -> Hashable:
+    """A name as it is; a folder with what tells that its files were replaced; an object as itself."""
+    if source is None or not isinstance(source, (str, os.PathLike)):
+        return source if source is None else _Same(source)
+    name = os.fspath(source)
+    if not os.path.isdir(name):
+        return name
+    with os.scandir(name) as entries:
+        files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+    return (os.path.abspath(name), *sorted((file, stat.st_size, stat.st_mtime_ns) for file, stat in files))

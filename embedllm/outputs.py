@@ -92,12 +92,28 @@ class Completion:
     def __str__(self) -> str:
         return self.text
 
+    def footer(self, state: str) -> str:
+        """One line of numbers: tokens, how it stands, speed after the first token, when that came, what was cached."""
+        parts = [f"{len(self.tokens)} tokens", state]
+        if self.timing.decode > 0 and len(self.tokens) > 1:
+            parts.append(f"{(len(self.tokens) - 1) / self.timing.decode:.0f} tokens/s")
+        if self.timing.ttft > 0:
+            parts.append(f"first token after {self.timing.ttft:.2f} s")
+        if self.usage.prompt_tokens:
+            parts.append(f"{self.usage.cached_tokens} of {self.usage.prompt_tokens} prompt tokens cached")
+        return " · ".join(parts)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """IPython's text view: one line."""
+        text = self.text if len(self.text) <= 60 else f"{self.text[:59]}…"
+        printer.text(f"<Completion {text!r}: {self.footer(self.finish_reason)}>")
+
     def _repr_html_(self) -> str:
         """Notebook view. Model output is hostile: everything is escaped."""
         parts = []
         for output in self.outputs:
             label = f"sample {output.index} · " if self.siblings else ""
-            footer = f"{label}{len(output.tokens)} tokens · {output.finish_reason} · {output.timing.total:.2f} s"
+            footer = label + output.footer(output.finish_reason)
             parts.append(
                 f'<div><pre style="white-space:pre-wrap;margin:0">{html.escape(output.text)}</pre>'
                 f'<div style="opacity:.65;font-size:85%">{html.escape(footer)}</div></div>'

@@ -7,6 +7,7 @@ import. Invariant: calling any of them twice changes nothing more, and nobody el
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 from embedllm.errors import EngineError
 
 ATTENTION = "embedllm"
+CELLS = "embedllm.cells"  # the module whose functions are called around cells
 SWITCH_INTERVAL = 2e-4  # seconds; Python's own is 5e-3
 
 
@@ -47,6 +49,39 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def ipython_shell() -> Any:
+    """IPython's shell where this process runs one, else None. Imports nothing: a shell has IPython loaded already."""
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+
+
+def can_send_from_threads() -> bool:
+    """Whether other threads than the cell's own can show something: ipykernel 7.0 loses what they send."""
+    return not getattr(sys.modules.get("ipykernel"), "__version__", "").startswith("7.0.")
+
+
+def is_interruptible() -> bool:
+    """Whether Ctrl-C or Stop raises KeyboardInterrupt in the code that runs now.
+
+    Not in another thread, and not in a cell that awaits: there Stop asks the event loop, once it runs again.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    return handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+
+
+def call_around_cells(shell: Any, make: Callable[[], Any]) -> None:
+    """Have `make().before(info)` and `.after(result)` called around every cell of the shell, from now on; once each.
+
+    Two entries in the shell's tables of callbacks. A reload of the module they are from finds them there. Not
+    post_execute: that runs after messages of widgets too.
+    """
+    known = shell.events.callbacks["post_run_cell"]
+    if not any(getattr(one, "__module__", None) == CELLS for one in known):
+        cells = make()
+        shell.events.register("pre_run_cell", cells.before)
+        shell.events.register("post_run_cell", cells.after)
 
 
 class Haste:

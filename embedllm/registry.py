@@ -10,14 +10,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from embedllm.process import Haste
+from embedllm.process import Haste, ipython_shell
 
 if TYPE_CHECKING:
     from embedllm.core import Core
@@ -67,11 +66,9 @@ def _build(key: Hashable, build: Callable[[], Core], handle: object) -> Core:
 
 def running_cell() -> tuple[str, int] | None:
     """The notebook cell that runs now and the number of its run; None where there is none, or it has no id."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+    shell = ipython_shell()
     try:
-        cell = shell.get_parent()["metadata"]["cellId"]  # type: ignore[union-attr]
-        return str(cell), int(shell.execution_count)  # type: ignore[union-attr]
+        return str(shell.get_parent()["metadata"]["cellId"]), int(shell.execution_count)
     except (AttributeError, KeyError, TypeError):
         return None
 
@@ -108,6 +105,18 @@ def release(core: Core, handle: object) -> None:
             core.worker.stop()
     if last:
         core.worker.join()
+
+
+def handles() -> list[Any]:
+    """Every open LLM of this process, in no order."""
+    with _lock:
+        return [handle for core in list(_cores.values()) for handle in list(core.handles)]
+
+
+def end_foreground(since: float) -> None:
+    """End what stream() and generate() began since then (monotonic seconds), in every engine."""
+    for worker in _running():
+        worker.cancel_all(lambda channel: channel.ends_with_cell and channel.began >= since)
 
 
 def _running() -> list[Worker]:

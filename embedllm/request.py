@@ -23,6 +23,7 @@ class Request:
     seed: int
     submitted: float
     bad_words: tuple[tuple[int, ...], ...] = ()  # as token ids
+    is_chat: bool = False  # the prompt is a conversation
 
 
 @dataclass(slots=True)

@@ -140,12 +140,12 @@ class Worker:
             self._engine.cancel_asked.add(request_id)
             self._post(lambda: self._engine.cancel(request_id) if self._error is None else None)
 
-    def cancel_all_of(self, owner: object) -> None:
-        """End every request submitted so far that came from this owner."""
+    def cancel_all(self, which: Callable[[Channel], bool]) -> None:
+        """End every request submitted so far whose channel `which` picks."""
 
         def cancel() -> None:
             for request_id, channel in list(self._channels.items()):
-                if channel.owner is owner and self._error is None:
+                if which(channel) and self._error is None:
                     self._engine.cancel(request_id)
 
         self._post(cancel)

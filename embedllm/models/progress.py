@@ -6,7 +6,10 @@ Owns the rule: a bar appears on a terminal, in a notebook, or when asked for; ne
 from __future__ import annotations
 
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
+
+from embedllm.process import can_send_from_threads, ipython_shell
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -20,10 +23,8 @@ def bar_wanted(progress: bool | None) -> bool:
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook. Imports nothing: a kernel has IPython loaded already."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
-    return shell is not None and hasattr(shell, "kernel")
+    """Whether this process is the kernel of a notebook."""
+    return hasattr(ipython_shell(), "kernel")
 
 
 class Silent:
@@ -47,7 +48,8 @@ class Silent:
 
 def bar(total: int, what: str, progress: bool | None, **options: Any) -> tqdm[Any] | Silent:
     """A tqdm bar where one is wanted. Use it in a with statement."""
-    if not bar_wanted(progress):
+    here = threading.current_thread() is threading.main_thread() or can_send_from_threads()
+    if not bar_wanted(progress) or not here:
         return Silent()
     from tqdm.auto import tqdm
 
