@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from embedllm.config import Limits
 from embedllm.engine import Engine
 from embedllm.errors import InvalidRequest, OutOfMemory
+from embedllm.monitor import Monitor
 from embedllm.options import Options, parse_memory
 from embedllm.pace import Pace
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
@@ -97,6 +98,8 @@ class Core:
         # The LLMs that share it, each with the notebook cell and the run of it that made it.
         self.handles: weakref.WeakKeyDictionary[Any, tuple[str, int] | None] = weakref.WeakKeyDictionary()
         self.worker = Worker(engine, info.model)
+        about = {name: getattr(info, name) for name in ("model", "device", "dtype", "max_model_len")}
+        self.monitor = Monitor(self.worker, about, None if tokenizer is None else tokenizer.decode)
         # Before the thread runs: whatever happens to whoever asked for this core, the thread ends with it.
         weakref.finalize(self, self.worker.stop).atexit = False
         self.worker.start()

@@ -77,9 +77,7 @@ class Engine:
         depth = getattr(runner, "depth", 1) if depth is None else depth
         self._readout = Readout(limits, self._eos_ids, runner, depth > 1)
         self._flight = Flight(depth, self._launch, self._commit, lambda p: self.scheduler.rollback(p), self._note_fault)
-        self._clock = clock
-        self._debug = debug
-        self._pace = pace
+        self._clock, self._debug, self._pace = clock, debug, pace
         if pace is not None:
             self.scheduler.budget = pace.budget
         self._ids = itertools.count()
@@ -87,8 +85,7 @@ class Engine:
         self._samples: dict[int, Sample] = {}  # by sequence id
         self._deadlines = Deadlines(self._live)
         self._output = StepOutput()
-        self._failures_in_a_row = 0
-        self._start_overs_in_a_row = self._idle_steps = 0
+        self._failures_in_a_row = self._start_overs_in_a_row = self._idle_steps = 0
         self._dead: EngineDead | None = None  # what the next step raises
         self.last_beat = clock()
         self.steps_left: int | None = None  # how many more are planned before it pauses; None: all
@@ -385,6 +382,10 @@ class Engine:
     def stats(self) -> Stats:
         """A snapshot of everything counted."""
         return snapshot(self.scheduler, self.metrics)
+
+    def request_of(self, sequence_id: int) -> int | None:
+        sample = self._samples.get(sequence_id)
+        return sample.live.request.id if sample is not None else None
 
     def attach(self, recorder: Recorder) -> None:
         """Record every event from now on, beside whatever else records."""

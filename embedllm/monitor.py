@@ -1,105 +1,69 @@
-"""A live picture of the KV blocks and of who holds them, as text.
+"""What users hold of an engine's KV blocks: a picture of now, as text or drawn, and a live view in a notebook.
 
-Owns the drawing. What it draws is copied on the engine's thread between two steps and drawn on the caller's, so a
-picture is always of one moment and costs the engine microseconds. Invariant: looking changes nothing.
+Owns where pictures go. What they show is copied on the engine's thread between two steps, so each is of one moment, and
+the live view is told of every event after it. Invariant: looking changes nothing, and keeps no engine alive.
 """
 
 from __future__ import annotations
 
-import html
+import importlib.util
 import os
 import sys
 import time
-from array import array
-from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from embedllm import wire
 from embedllm.errors import EngineError, InvalidRequest
 from embedllm.metrics import Stats
 from embedllm.models.progress import in_notebook
-from embedllm.sequence import Sequence
+from embedllm.picture import draw
+from embedllm.process import can_send_from_threads
+from embedllm.replay import State
+from embedllm.text_picture import BOLD, colour_of, legend, paint, pool_lines, sequence_lines
+from embedllm.view.feed import Feed
+from embedllm.view.page import page
 
 if TYPE_CHECKING:
     from embedllm.engine import Engine
     from embedllm.worker import Worker
 
-FREE, IDLE, SHARED, PINNED = "·", "░", "▓", "◆"
-LEVELS = "▁▂▃▄▅▆▇█"  # a private block by how full it is
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-COLOURS = (39, 208, 41, 170, 220, 45, 203, 112, 141, 214, 87, 168)  # of the 256-colour palette, far apart
-PLAIN, DIM, BOLD = "\x1b[0m", "\x1b[2m", "\x1b[1m"
 HIDE_CURSOR, SHOW_CURSOR, CLEAR_BELOW, CLEAR_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[J", "\x1b[K"
-MAX_LISTED = 64  # sequences copied of each queue
 MIN_WIDTH, MIN_HEIGHT = 40, 6
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceView:
-    """One sequence at one moment. `num_computed` counts tokens whose KV is there; `num_cached` of the prompt's came
-    from the prefix cache."""
-
-    id: int
-    state: str
-    num_prompt: int
-    num_output: int
-    max_tokens: int
-    num_computed: int
-    num_cached: int
-    blocks: array[int]
-
-    @classmethod
-    def of(cls, sequence: Sequence) -> SequenceView:
-        return cls(
-            id=sequence.id,
-            state=sequence.state.value,
-            num_prompt=sequence.num_prompt,
-            num_output=sequence.num_output,
-            max_tokens=sequence.max_tokens,
-            num_computed=sequence.num_computed,
-            num_cached=sequence.num_cached,
-            blocks=sequence.blocks[:],
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Picture:
-    """The engine between two steps: plain numbers, nothing alive.
-
-    sequences: all that run and the first that wait, in order. idle: cached blocks nobody uses. pinned: blocks held by
-    pins. Every other block is free.
-    """
+    """The engine between two steps: plain numbers, nothing alive."""
 
     stats: Stats
-    block_size: int
-    sequences: tuple[SequenceView, ...]
-    idle: list[int]
-    pinned: frozenset[int]
+    state: State
     taken: float  # monotonic seconds
+
+    @property
+    def running(self) -> set[int]:
+        """Ids of the sequences that run."""
+        return {sequence.id for sequence in self.state.running}
 
 
 def _copy(engine: Engine) -> Picture:
-    scheduler = engine.scheduler
-    return Picture(
-        stats=engine.stats(),
-        block_size=engine.limits.block_size,
-        sequences=tuple(SequenceView.of(s) for s in (*scheduler.running, *scheduler.waiting[:MAX_LISTED])),
-        idle=scheduler.pool.idle_blocks,
-        pinned=frozenset(engine.pins.references),
-        taken=time.monotonic(),
-    )
+    return Picture(engine.stats(), State.of(engine), time.monotonic())
 
 
 class Monitor:
-    """`llm.monitor()`: print it for a picture of now, `show()` it to watch, or let a notebook display it.
+    """`llm.monitor()`: what is in the KV cache and who holds it. One of each engine, whoever asks for it.
 
-    Holds no request and no memory. Safe from any thread.
+    In a notebook it is a live view as soon as it is shown; elsewhere `print` it for a picture of now, or `show()` it to
+    watch. It holds no request and no memory. Safe from any thread.
     """
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, worker: Worker, info: Mapping[str, object], decode: Callable[[list[int]], str] | None) -> None:
+        self._worker, self._info, self._decode = worker, info, decode
         self._last: tuple[float, int] | None = None  # when the speed was last measured, and the tokens then
+        self._feed = Feed(worker)
+        self._view: Any = None
+        self._shown: list[Any] = []  # IPython's handles on where it is shown
 
     def look(self) -> Picture:
         """The numbers of now. Raises EngineClosed or EngineDead."""
@@ -121,12 +85,13 @@ class Monitor:
                 f"{width} columns by {height} lines: a picture needs {MIN_WIDTH} by {MIN_HEIGHT} at least"
             )
         head = self._head(picture, width)
-        listed = len(picture.sequences) if sequences else 0
-        rows = min(-(-picture.stats.num_kv_blocks // width), max((height - 2) // 2, height - 2 - listed))
+        state = picture.state
+        listed = len(state.sequences) if sequences else 0
+        rows = min(-(-state.num_blocks // width), max((height - 2) // 2, height - 2 - listed))
         rows = max(1, min(rows, height - 3))
-        lines = [_paint(head, BOLD, ansi), *pool_lines(picture, width, rows, ansi), legend(picture, width, rows, ansi)]
+        lines = [paint(head, BOLD, ansi), *pool_lines(state, width, rows, ansi), legend(state, width, rows, ansi)]
         if sequences:
-            lines += sequence_lines(picture, width, height - len(lines), ansi)
+            lines += sequence_lines(state, width, height - len(lines), ansi)
         return "\n".join(lines)
 
     @staticmethod
@@ -173,14 +138,83 @@ class Monitor:
         finally:
             screen.close()
 
+    # ---- the live view ----------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Hold the engine back: requests wait, and can be cancelled. `resume()` or `step()` let it go on."""
+        self._let_run(0)
+
+    def step(self, num_steps: int = 1) -> None:
+        """Let a paused engine run so many steps."""
+        self._let_run(num_steps)
+
+    def resume(self) -> None:
+        """Let a paused engine go on."""
+        self._let_run(None)
+
+    def _let_run(self, num_steps: int | None) -> None:
+        self._worker.call(lambda engine: setattr(engine, "steps_left", num_steps))
+
+    def to_svg(self) -> str:
+        """A still picture of now, readable on white and on black. It holds numbers, never a prompt's text."""
+        return draw(self.look().state)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write what the live view has seen so far as one file that replays itself, from any disk without a network.
+
+        Where nobody watched it is a picture of now. It holds numbers, never a prompt's text.
+        """
+        messages = self._feed.history() or [wire.encode_keyframe(self.look().state, 0)]
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page(messages, self._info, "embedllm: the KV cache"))
+
+    def freeze(self) -> None:
+        """Put a still picture of now wherever the live view is shown, for a notebook that is to be kept."""
+        for handle in self._shown:
+            handle.update(self._bundle(live=False), raw=True)
+        self._shown.clear()
+
+    def _ipython_display_(self) -> None:
+        """Shows itself where IPython would show its repr. Raises NotImplementedError outside a notebook."""
+        if not in_notebook():
+            raise NotImplementedError  # IPython asks for the other views then
+        from IPython.display import display
+
+        live = not os.environ.get("EMBEDLLM_FREEZE") and self._make_view()
+        handle = display(self._bundle(live), raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        if live:
+            self._shown.append(handle)
+
+    def _make_view(self) -> bool:
+        """Whether there is a widget to show. Raises EngineError where the kernel would lose what it is sent."""
+        if self._view is None and importlib.util.find_spec("anywidget") is not None:
+            if not can_send_from_threads():
+                raise EngineError(
+                    "ipykernel 7.0 loses what a background thread sends, so the live view would stay empty: "
+                    'pip install -U "ipykernel>=7.1", restart the kernel, or print(llm.monitor())'
+                )
+            from embedllm.view.widget import View
+
+            self._view = View(self._worker, self._feed, self._info, self._decode)
+        return self._view is not None
+
+    def _bundle(self, live: bool) -> dict[str, Any]:
+        still = {"text/plain": repr(self), "image/svg+xml": self.to_svg()}
+        if not live:
+            return still
+        found = self._view._repr_mimebundle_()
+        widget: dict[str, Any] = found[0] if isinstance(found, tuple) else found
+        return still | widget
+
+    def close(self) -> None:
+        """Nothing more is recorded; a view that is shown keeps what it has seen. Idempotent."""
+        self._feed.close()
+
     def __str__(self) -> str:
         return self.frame()
 
     def __repr__(self) -> str:
         return "<Monitor: print it, show() it, or take frame(width, height)>"
-
-    def _repr_html_(self) -> str:
-        return f'<pre style="line-height:1.2">{html.escape(self.frame(width=100, height=40))}</pre>'
 
 
 class _Screen:
@@ -200,10 +234,11 @@ class _Screen:
         if self._notebook:
             from IPython.display import display
 
+            picture = {"text/plain": repr(self._monitor), "image/svg+xml": self._monitor.to_svg()}
             if self._cell is None:
-                self._cell = display(self._monitor, display_id=True)  # type: ignore[no-untyped-call]
+                self._cell = display(picture, raw=True, display_id=True)  # type: ignore[no-untyped-call]
             else:
-                self._cell.update(self._monitor)  # type: ignore[attr-defined]
+                self._cell.update(picture, raw=True)  # type: ignore[attr-defined]
             return
         if not self._terminal:
             self._file.write(self._monitor.frame() + "\n\n")
@@ -220,119 +255,3 @@ class _Screen:
         if self._terminal:
             self._file.write(SHOW_CURSOR)
             self._file.flush()
-
-
-# ---- drawing: plain numbers to lines --------------------------------------------------------------------------
-
-
-def colour_of(sequence_id: int) -> str:
-    """The escape sequence of a sequence's colour."""
-    return f"\x1b[38;5;{COLOURS[sequence_id % len(COLOURS)]}m"
-
-
-def letter_of(sequence_id: int) -> str:
-    """The letter that stands for a sequence where there is no colour."""
-    return LETTERS[sequence_id % len(LETTERS)]
-
-
-def _paint(text: str, colour: str, ansi: bool) -> str:
-    return f"{colour}{text}{PLAIN}" if ansi and text else text
-
-
-def _per_cell(num_blocks: int, width: int, rows: int) -> int:
-    return -(-num_blocks // (width * rows))
-
-
-def pool_lines(picture: Picture, width: int, rows: int, ansi: bool) -> list[str]:
-    """The pool, block 0 first: one character per block, or per group of neighbours where there are too many."""
-    num_blocks, size = picture.stats.num_kv_blocks, picture.block_size
-    group = _per_cell(num_blocks, width, rows)
-    holders: dict[int, list[int]] = {}  # block -> ids of the sequences that hold it
-    filled: dict[int, int] = {}  # block -> slots that hold a token
-    for view in picture.sequences:
-        for i, block in enumerate(view.blocks):
-            holders.setdefault(block, []).append(view.id)
-            filled[block] = max(filled.get(block, 0), min(size, view.num_computed - i * size))
-    for block in picture.pinned:
-        filled[block] = size
-    used: dict[int, list[int]] = {}
-    for block in sorted(filled):
-        used.setdefault(block // group, []).append(block)
-    idle = {block // group for block in picture.idle}
-    cells: list[tuple[str, str]] = []  # (character, colour)
-    for cell in range(-(-num_blocks // group)):
-        blocks = used.get(cell)
-        if blocks is None:
-            cells.append((IDLE if cell in idle else FREE, DIM))
-            continue
-        in_cell = min(group, num_blocks - cell * group)
-        share = sum(filled[block] for block in blocks) / (in_cell * size)
-        who = Counter(_holder(block, holders, picture.pinned) for block in blocks).most_common(1)[0][0]
-        cells.append(_used_cell(who, share, ansi))
-    return [_runs(cells[start : start + width], ansi) for start in range(0, len(cells), width)]
-
-
-def _runs(cells: list[tuple[str, str]], ansi: bool) -> str:
-    """One line; neighbours of one colour share its escape sequence."""
-    runs = groupby(cells, key=lambda cell: cell[1])
-    return "".join(_paint("".join(char for char, _ in run), colour, ansi) for colour, run in runs)
-
-
-def _holder(block: int, holders: dict[int, list[int]], pinned: frozenset[int]) -> int | str:
-    """Who holds a block that is in use: one sequence's id, or the character for several or for a pin."""
-    if block in pinned:
-        return PINNED
-    ids = holders[block]
-    return ids[0] if len(ids) == 1 else SHARED
-
-
-def _used_cell(who: int | str, share: float, ansi: bool) -> tuple[str, str]:
-    if isinstance(who, str):
-        return who, BOLD
-    return LEVELS[max(0, min(7, round(share * 8) - 1))] if ansi else letter_of(who), colour_of(who)
-
-
-def legend(picture: Picture, width: int, rows: int, ansi: bool) -> str:
-    """What the characters of the pool mean, and how many blocks one stands for."""
-    group = _per_cell(picture.stats.num_kv_blocks, width, rows)
-    private = f"{LEVELS[2]}{LEVELS[7]} in use, by fill" if ansi else "a-z in use"
-    what = [f"{FREE} free", f"{IDLE} cached", private, f"{SHARED} shared", f"{PINNED} pinned"]
-    what.append(f"each {'a block' if group == 1 else f'{group} blocks'} of {picture.block_size} tokens")
-    while len("  ".join(what)) > width:
-        what.pop()
-    return _paint("  ".join(what), DIM, ansi)
-
-
-def sequence_lines(picture: Picture, width: int, room: int, ansi: bool) -> list[str]:
-    """One line per sequence, as many as there is room for."""
-    views = picture.sequences
-    unlisted = picture.stats.num_requests_running + picture.stats.num_requests_waiting - len(views)
-    shown = views if len(views) + (unlisted > 0) <= room else views[: max(0, room - 1)]
-    lines = [_sequence_line(view, width, ansi) for view in shown]
-    hidden = len(views) - len(shown) + unlisted
-    if hidden > 0 and room > 0:
-        lines.append(_paint(f"… and {hidden} more", DIM, ansi))
-    return lines
-
-
-def _sequence_line(view: SequenceView, width: int, ansi: bool) -> str:
-    colour = colour_of(view.id)
-    name = f"{'■' if ansi else letter_of(view.id)} {view.id:>4}"
-    cached = f" ({view.num_cached} cached)" if view.num_cached else ""
-    counts = (
-        f"{view.num_output:>4}/{view.max_tokens} tokens  prompt {view.num_prompt}{cached}  {len(view.blocks)} blocks"
-    )
-    if view.state != "running":
-        return _paint(f"{name}  {view.state} {counts}"[:width], DIM, ansi)
-    bar_width = max(4, min(24, width - len(name) - len(counts) - 4))
-    bar = progress_bar(view, bar_width)
-    counts = counts[: max(0, width - len(name) - bar_width - 4)]
-    return f"{_paint(name, colour, ansi)}  {_paint(bar, colour, ansi)}  {counts}"
-
-
-def progress_bar(view: SequenceView, width: int) -> str:
-    """Computed tokens of all it may become: its prompt as ▒, its output as █."""
-    total = view.num_prompt + view.max_tokens
-    prompt = round(width * min(view.num_computed, view.num_prompt) / total)
-    output = round(width * max(0, view.num_computed - view.num_prompt) / total)
-    return ("▒" * prompt + "█" * output).ljust(width, "·")[:width]

@@ -170,7 +170,7 @@ async def _watch(llm: LLM, board: Board, paper: Paper, readers: list[asyncio.Tas
         while not all(reader.done() for reader in readers):
             picture = await asyncio.to_thread(monitor.look)
             rows = monitor.draw(picture, paper.width, 6, ansi=paper.colour, sequences=False).split("\n")
-            running = {view.id for view in picture.sequences if view.state == "running"}
+            running = picture.running
             colours = [monitor.colour_of(board.first_id + line.sequence_id) for line in board.lines]
             rows.append("")
             rows += [

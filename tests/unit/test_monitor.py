@@ -5,45 +5,51 @@ import re
 import threading
 import time
 from array import array
-from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 
 import embedllm
 from embedllm import testing
-from embedllm.metrics import Stats
-from embedllm.monitor import FREE, IDLE, LEVELS, PINNED, SHARED, Monitor, Picture, SequenceView, pool_lines
+from embedllm.monitor import Monitor
+from embedllm.replay import RUNNING, SequenceState, State
+from embedllm.text_picture import FREE, IDLE, LEVELS, PINNED, SHARED, pool_lines
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def view(sequence_id: int, blocks: list[int], num_computed: int) -> SequenceView:
-    return SequenceView(sequence_id, "running", 8, num_computed - 8, 64, num_computed, 0, array("i", blocks))
+def view(sequence_id: int, blocks: list[int], num_computed: int) -> SequenceState:
+    return SequenceState(
+        sequence_id, RUNNING, 8, num_computed - 8, 64, num_computed=num_computed, blocks=array("i", blocks)
+    )
 
 
-def picture(num_blocks: int, **changes: object) -> Picture:
-    plain = Picture(Stats(num_kv_blocks=num_blocks), 16, (), [], frozenset(), 0.0)
-    return replace(plain, **changes)
+def moment(
+    num_blocks: int, sequences: tuple[SequenceState, ...], idle: tuple[int, ...] = (), pinned: tuple[int, ...] = ()
+) -> State:
+    state = State(num_blocks, 16)
+    state.sequences = {sequence.id: sequence for sequence in sequences}
+    state.pins = {1: array("i", pinned)}
+    for block in [*pinned, *(block for sequence in sequences for block in sequence.blocks)]:
+        state.refs[block] += 1
+    for block in idle:
+        state.node[block] = 1 + block
+    return state
 
 
 def test_every_kind_of_block_has_its_character() -> None:
-    shown = picture(
-        10,
-        sequences=(view(0, [0, 1, 2], 40), view(1, [0, 1, 4], 33)),
-        idle=[5, 6],
-        pinned=frozenset({7}),
-    )
+    shown = moment(10, (view(0, [0, 1, 2], 40), view(1, [0, 1, 4], 33)), idle=(5, 6), pinned=(7,))
     assert pool_lines(shown, 10, 1, ansi=False) == [SHARED * 2 + "a" + FREE + "b" + IDLE * 2 + PINNED + FREE * 2]
 
 
 def test_height_of_a_block_is_its_fill() -> None:
-    shown = picture(4, sequences=(view(3, [0, 1, 2], 16 + 8 + 0),))
+    shown = moment(4, (view(3, [0, 1, 2], 16 + 8 + 0),))
     line = SGR.sub("", pool_lines(shown, 4, 1, ansi=True)[0])
     assert line == LEVELS[7] + LEVELS[3] + LEVELS[0] + FREE
 
 
 def test_a_large_pool_is_drawn_in_groups() -> None:
-    shown = picture(1_000, sequences=(view(0, list(range(100)), 1_600),), idle=[999])
+    shown = moment(1_000, (view(0, list(range(100)), 1_600),), idle=(999,))
     lines = pool_lines(shown, 10, 2, ansi=False)
     assert lines == ["aa" + FREE * 8, FREE * 9 + IDLE]
     assert "".join(pool_lines(shown, 7, 3, ansi=False)) == "aaa" + FREE * 17 + IDLE  # 48 blocks each, the last has 40
@@ -80,9 +86,9 @@ def test_picture_agrees_with_the_stats(busy: embedllm.LLM) -> None:
     while handle.num_tokens < 20:
         time.sleep(0.001)
     shown = monitor.look()
-    held = {block for sequence in shown.sequences for block in sequence.blocks}
+    held = {block for sequence in shown.state.running for block in sequence.blocks}
     assert len(held) == round(shown.stats.kv_cache_usage * shown.stats.num_kv_blocks) > 0
-    assert {sequence.state for sequence in shown.sequences} == {"running"}
+    assert {sequence.state for sequence in shown.state.sequences.values()} == {RUNNING} and len(shown.running) == 2
     assert SHARED in monitor.draw(shown)  # the two samples share the prompt
     assert "2 blocks" not in monitor.draw(shown).split("\n")[0]
 
@@ -98,9 +104,18 @@ def test_too_small_a_frame_is_refused(busy: embedllm.LLM) -> None:
         busy.monitor().frame(39, 5)
 
 
-def test_html_is_escaped_text(busy: embedllm.LLM) -> None:
-    assert busy.monitor()._repr_html_().startswith("<pre")
-    assert "\x1b" not in busy.monitor()._repr_html_()
+def test_a_still_picture_is_one_document_without_script_or_links(busy: embedllm.LLM) -> None:
+    with busy.cache.pin([2] * 64):
+        handles = [busy.submit([1] * 50, max_tokens=300, n=2) for _ in range(3)]
+        while busy.stats().num_requests_running < 4:
+            time.sleep(0.001)
+        root = ElementTree.fromstring(busy.monitor().to_svg())
+    tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert tags == {"svg", "title", "desc", "defs", "pattern", "rect", "path", "circle", "text"}
+    names = {name for element in root.iter() for name in element.attrib}
+    assert not {name for name in names if "href" in name or name.startswith("on")}
+    words = "".join(root.itertext())
+    assert "running 4" in words and "sequence 3" in words and len(handles) == 3
 
 
 def test_show_prints_frames_and_ends(busy: embedllm.LLM) -> None:
