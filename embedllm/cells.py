@@ -15,6 +15,7 @@ import weakref
 from typing import Any
 
 from embedllm import registry
+from embedllm.faults import links_of
 from embedllm.process import call_around_cells, ipython_shell
 
 
@@ -50,13 +51,7 @@ class Cells:
 
 def _let_go(error: BaseException | None) -> None:
     """Clear embedllm's own frames in a traceback; those of the user stay as they are, for %debug."""
-    links, seen = [error], set[int]()
-    while links:
-        link = links.pop()
-        if link is None or id(link) in seen:
-            continue
-        seen.add(id(link))
-        links += [link.__cause__, link.__context__]
+    for link in links_of(error):
         for frame, _ in traceback.walk_tb(link.__traceback__):
             if frame.f_globals.get("__name__", "").partition(".")[0] == "embedllm":
                 with contextlib.suppress(RuntimeError):  # it still runs, in another thread

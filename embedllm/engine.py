@@ -29,11 +29,11 @@ from embedllm.pace import Pace
 from embedllm.pins import Pins
 from embedllm.plan_types import Entry, Plan
 from embedllm.readout import Reading, Readout
+from embedllm.recording import Recorders, record_plan
 from embedllm.request import Ended, Request, StepOutput, Update
 from embedllm.runner import ModelOutput
 from embedllm.scheduler import Progress, Scheduler
 from embedllm.tokenizer import TokenizerProtocol
-from embedllm.trace import Recorders, record_plan
 
 MAX_FAILURES_IN_A_ROW = 8  # entries that fail alone with no success between: then it is seen whether anything works
 MAX_IDLE_STEPS = 3  # steps with work and nothing to run

@@ -78,14 +78,7 @@ def let_go(error: BaseException) -> BaseException:
 
     A frame, and through it those that called it, would hold all their variables: weights, activations, prompts.
     """
-    links: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while links:
-        link = links.pop()
-        if link is None or id(link) in seen:
-            continue
-        seen.add(id(link))
-        links += [link.__cause__, link.__context__]
+    for link in links_of(error):
         if link.__traceback__ is not None:
             told = "".join(traceback.format_tb(link.__traceback__)).rstrip()
             traceback.clear_frames(link.__traceback__)
@@ -93,3 +86,14 @@ def let_go(error: BaseException) -> BaseException:
             if sys.version_info >= (3, 11):
                 link.add_note(f"Traceback:\n{told}")
     return error
+
+
+def links_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error with its causes and contexts, each once."""
+    links, seen = [error], set[int]()
+    while links:
+        link = links.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            links += [link.__cause__, link.__context__]
+            yield link

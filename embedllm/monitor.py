@@ -126,6 +126,7 @@ class Monitor:
             raise InvalidRequest(f"hz={hz!r} is out of range: above 0 to 60 frames per second")
         end = None if seconds is None else time.monotonic() + seconds
         screen = _Screen(sys.stdout if file is None else file, self)
+        hz = min(hz, screen.most_hz)
         try:
             while True:
                 screen.refresh()
@@ -229,6 +230,11 @@ class _Screen:
         self._num_lines = 0
         if self._terminal:
             file.write(HIDE_CURSOR)
+
+    @property
+    def most_hz(self) -> float:
+        """A notebook keeps what it is sent, so it is sent less."""
+        return 2.0 if self._notebook else 60.0
 
     def refresh(self) -> None:
         if self._notebook:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from embedllm import events, perfetto, wire
 from embedllm.errors import InvalidRequest
-from embedllm.events import Event, Recorder
-from embedllm.plan_types import Plan
+from embedllm.events import Event
 from embedllm.replay import State
+from embedllm.view.page import page
 
 if TYPE_CHECKING:
     from embedllm.engine import Engine
@@ -32,26 +32,6 @@ BINARY = ".ekv"  # suffix of the compact form: this header, then messages of the
 FILE_HEADER = struct.Struct("<4sIIIQ")  # magic, version, num_blocks, block_size, num_lost
 FILE_MAGIC = b"EKVF"
 PER_MESSAGE = 65_536  # events
-
-
-def record_plan(recorder: Recorder, plan: Plan, now: float) -> None:
-    """Write down what a step will run. now: seconds of the engine's clock."""
-    recorder.append((events.STEP, plan.number, len(plan.entries), plan.num_tokens, int(now * 1e6)))
-    for source, destination in plan.copies:
-        recorder.append((events.COPY, source, destination))
-    for entry in plan.entries:
-        recorder.append((events.SCHEDULE, entry.sequence_id, entry.start, entry.num_tokens))
-
-
-class Recorders:
-    """Several recorders as one."""
-
-    def __init__(self, members: Sequence[Recorder]) -> None:
-        self.members = tuple(members)
-
-    def append(self, event: Event) -> None:
-        for member in self.members:
-            member.append(event)
 
 
 class Ring:
@@ -195,6 +175,13 @@ class Trace:
         with open(path, "w", encoding="utf-8") as file:
             file.write(json.dumps({**facts, "beginning": base64.b64encode(zlib.compress(keyframe)).decode()}) + "\n")
             file.writelines(json.dumps(event) + "\n" for event in self)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one file that replays it in a browser, from any disk without a network. Raises InvalidRequest where
+        events were lost: there is no beginning to replay from."""
+        messages = [wire.encode_keyframe(self._beginning(), 0), *self._messages()]
+        about = {"num_blocks": self.num_blocks, "block_size": self.block_size}
+        Path(path).write_text(page(messages, about, "embedllm: a trace of the KV cache"), encoding="utf-8")
 
     def _messages(self) -> Iterator[bytes]:
         recorded = list(self)

@@ -51,8 +51,11 @@ class Ring:
 
     def take(self) -> tuple[list[Event], bool]:
         """What was recorded since, in order, and whether the oldest of it may be lost."""
-        count, events = len(self._events), self._events
-        return [events.popleft() for _ in range(count)], count == CAPACITY
+        events, taken, lost = self._events, list[Event](), False
+        for _ in range(len(events)):
+            taken.append(events.popleft())
+            lost = lost or len(events) >= CAPACITY - 1  # it was full, and nobody else takes: it stays so until here
+        return taken, lost
 
 
 @dataclass(slots=True)

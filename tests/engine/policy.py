@@ -17,11 +17,11 @@ from embedllm.errors import RequestTooLong
 from embedllm.events import Event
 from embedllm.invariants import check, check_idle, check_plan
 from embedllm.plan_types import Plan
+from embedllm.recording import record_plan
 from embedllm.resizing import begin_again
 from embedllm.scheduler import Scheduler
 from embedllm.sequence import Sequence, State
 from embedllm.testing import HashLM, HashRunner
-from embedllm.trace import record_plan
 
 VOCAB = 97
 SHARED = [(7 * i) % 89 for i in range(64)]  # what prompts begin with

@@ -140,6 +140,9 @@ def test_the_export_replays_from_disk(browser: Any, tmp_path: Path) -> None:
             one.result()
         monitor._feed.tick()
         monitor.to_html(tmp_path / "kv.html")
+        with llm.trace() as trace:
+            llm.generate([1, 2, 3], max_tokens=30)
+        trace.to_html(tmp_path / "trace.html")
     text = (tmp_path / "kv.html").read_text(encoding="utf-8")
     assert "hash-lm" in text and len(text) < 400_000
     page = browser.new_page(viewport={"width": 1_280, "height": 1_000})
@@ -147,6 +150,10 @@ def test_the_export_replays_from_disk(browser: Any, tmp_path: Path) -> None:
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: message.type == "error" and errors.append(message.text))
     page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((tmp_path / "trace.html").as_uri())
+    page.wait_for_function("() => Number(document.querySelector('.ekv')?.dataset.step) > 10")
+    last = page.evaluate(STEP)
+    assert page.evaluate(DIGEST) == trace.at(last).digest()
     page.goto((tmp_path / "kv.html").as_uri())
     page.wait_for_function("() => Number(document.querySelector('.ekv')?.dataset.step) > 10")
     newest, digest = page.evaluate(STEP), page.evaluate(DIGEST)

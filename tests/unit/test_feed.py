@@ -15,9 +15,9 @@ import embedllm
 from embedllm import events, wire
 from embedllm.events import Event
 from embedllm.metrics import Metrics
+from embedllm.recording import Recorders
 from embedllm.replay import State
 from embedllm.scheduler import Scheduler
-from embedllm.trace import Recorders
 from embedllm.view import feed as feed_module
 from embedllm.view.feed import FASTEST, KEYFRAME_EVERY, PATIENCE, SLOWEST, UNSEEN, Feed, History, Ring
 from tests.engine.policy import random_prompt
