@@ -22,7 +22,7 @@ PIP_ARGS := --disable-pip-version-check $(if $(HAS_GPU),,-c requirements/cpu.txt
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix browser check format bench docs test-gpu clean
+.PHONY: help demo test test-matrix browser check format bench notebooks docs test-gpu clean
 
 help: ## list these verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r verb text; \
@@ -70,6 +70,9 @@ format: $(INSTALLED) ## rewrite the formatting and what lint can mend
 
 bench: $(INSTALLED) ## run the benchmark; ARGS="--against hf,hf-cb" adds peers
 	@$(VENV)/bin/embedllm bench $(ARGS)
+
+notebooks: $(INSTALLED) ## run the example notebooks and keep what they show
+	@PYTHONPATH=. $(PY) -m tests.notebook.freeze $(ARGS)
 
 docs: $(INSTALLED_DOCS) ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
