@@ -6,11 +6,15 @@ end escaped or through safe_markdown, and drawing takes a tenth of a thread's ti
 
 from __future__ import annotations
 
+import functools
 import html
+import importlib.util
 import logging
+import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +43,8 @@ def show(generation: Generation) -> None:
     here = channel.foreground and is_interruptible()
     threaded = not here and channel.ended is None and can_send_from_threads()
     card = Card(channel, "" if here or threaded or channel.ended is not None else NOT_LIVE)
+    if here or threaded:
+        card.offer_stop(functools.partial(generation._worker.cancel, channel.request_id), interrupts=here)
     if here:
         _follow_here(generation, card)
     elif threaded:
@@ -53,9 +59,9 @@ def _follow_here(generation: Generation, card: Card) -> None:
     except BaseException:
         generation.cancel()
         generation.wait(1.0)
-        card.update()
         raise
-    card.update()
+    finally:
+        card.end()
 
 
 def _follow(followed: weakref.ref[Generation], card: Card) -> None:
@@ -63,7 +69,7 @@ def _follow(followed: weakref.ref[Generation], card: Card) -> None:
         while (generation := followed()) is not None and not generation.wait(card.pause):
             card.update()
             del generation
-        card.update()
+        card.end()
     except Exception:
         log.warning("a request is not shown any more", exc_info=True)
 
@@ -79,6 +85,20 @@ class Card:
         self._version = channel.version
         shown: Any = display(views(channel, note), raw=True, display_id=True)  # type: ignore[no-untyped-call]
         self._handle = shown
+        self._stop: Any = None
+
+    def offer_stop(self, cancel: Callable[[], object], interrupts: bool) -> None:
+        """A button for as long as it runs, where widgets can be had and the notebook is not made to be kept."""
+        if importlib.util.find_spec("anywidget") is not None and not os.environ.get("EMBEDLLM_FREEZE"):
+            from embedllm.view.stop import Button
+
+            self._stop = Button(cancel, interrupts)
+
+    def end(self) -> None:
+        """Draw it for the last time."""
+        self.update()
+        if self._stop is not None:
+            self._stop.remove()
 
     def update(self) -> None:
         """Draw it again if there is news."""

@@ -127,6 +127,34 @@ def test_an_answer_can_load_nothing(browser: Any, lab: Lab) -> None:
         assert notebook.outside == [] and notebook.errors == []
 
 
+def test_a_stop_button_stands_below_what_runs(browser: Any, lab: Lab) -> None:
+    """It ends the cell that waits for the request, and a request in the background; then it is gone."""
+    stop = (
+        "() => [...document.querySelectorAll('.jp-OutputArea button')].filter((b) => b.textContent === 'Stop').length"
+    )
+    long = "max_tokens=1_900, ignore_eos=True"
+    cells = ["import embedllm\nllm = embedllm.LLM(progress=False)", f"llm.stream('class A:', {long})"]
+    with opened(browser, lab, "stop.ipynb", cells) as notebook:
+        page = notebook.page
+        notebook.run_all()
+        for cell in (None, f"background = llm.submit('class B:', {long})\nbackground"):
+            if cell is not None:
+                page.evaluate("() => { jupyterapp.commands.execute('notebook:insert-cell-below'); }")
+                page.evaluate(
+                    "(cell) => { const { content } = jupyterapp.shell.currentWidget; "
+                    "content.activeCell.model.sharedModel.setSource(cell); "
+                    "jupyterapp.commands.execute('notebook:run-cell'); }",
+                    cell,
+                )
+            page.wait_for_function(f"() => ({stop})() === 1", timeout=30_000)
+            page.get_by_role("button", name="Stop", exact=True).click()
+            page.wait_for_function(f"() => ({stop})() === 0", timeout=10_000)
+            notebook.wait_idle()
+            assert notebook.ask("print(llm.stats().num_requests_running)") == "0"
+        assert notebook.ask("print(background.result.__self__._channel.completion().finish_reason)") == "cancelled"
+        assert notebook.outside == [] and notebook.errors == []
+
+
 def test_the_export_replays_from_disk(browser: Any, tmp_path: Path) -> None:
     """One file, opened from file://, that can be scrubbed and asks nobody for anything."""
     import embedllm
