@@ -79,15 +79,9 @@ class Edit:
         self.allowed: NDArray[np.int32] | None = None  # bits: id % 32 of word id // 32
         if params.allowed_token_ids is not None:
             self.allowed = pack_ids(params.allowed_token_ids, vocab_size)
-
-    @property
-    def asks_nothing(self) -> bool:
-        return not (self.penalties or self._early or self.needs_host) and self.allowed is None
-
-    @property
-    def needs_host(self) -> bool:
-        """Whether the host must know the tokens so far, and see the logits, before the next one is chosen."""
-        return bool(self._watched) or self.processor is not None
+        # The host must know the tokens so far, and see the logits, before the next one is chosen.
+        self.needs_host = bool(self._watched) or self.processor is not None
+        self.asks_nothing = not (self.penalties or self._early or self.needs_host) and self.allowed is None
 
     def biases(self, position: int) -> dict[int, float]:
         """What is added to the logits of the token at `position`, by id; -inf where an id may not be chosen."""
@@ -142,7 +136,7 @@ class Editor(Protocol):
     def apply(self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int]) -> None:
         """Penalties, biases and masks, in place on logits [n, V]; `positions` are of the tokens to choose."""
 
-    def note(self, rows: Sequence[int], edits: Sequence[Edit], ids: Tensor) -> None:
+    def note(self, rows: Sequence[int], ids: Tensor) -> None:
         """These ids int64 [n] were chosen for these rows."""
 
 
@@ -170,7 +164,7 @@ class HostEditor:
             if edit.allowed is not None:
                 line.masked_fill_(~unpack_ids(edit.allowed, len(line)), -math.inf)
 
-    def note(self, rows: Sequence[int], edits: Sequence[Edit], ids: Tensor) -> None:
+    def note(self, rows: Sequence[int], ids: Tensor) -> None:
         pass
 
 
@@ -229,7 +223,7 @@ class DeviceEditor:
             allowed=None if masks is None else upload(torch.from_numpy(masks), device),
         )
 
-    def note(self, rows: Sequence[int], edits: Sequence[Edit], ids: Tensor) -> None:
+    def note(self, rows: Sequence[int], ids: Tensor) -> None:
         places = [place for place, row in enumerate(rows) if row in self._penalised]
         if places and self._counts is not None:
             first = upload(torch.tensor([(rows[place] * self._size, place) for place in places]), ids.device)

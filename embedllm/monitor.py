@@ -207,10 +207,6 @@ class Monitor:
         widget: dict[str, Any] = found[0] if isinstance(found, tuple) else found
         return still | widget
 
-    def close(self) -> None:
-        """Nothing more is recorded; a view that is shown keeps what it has seen. Idempotent."""
-        self._feed.close()
-
     def __str__(self) -> str:
         return self.frame()
 

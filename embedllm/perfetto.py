@@ -70,8 +70,7 @@ def _row(event: Event, time: int) -> Iterator[Row]:
 
 
 def _counters(state: State) -> Iterator[Row]:
-    used = sum(1 for refs in state.refs if refs)
-    cached = sum(1 for refs, node in zip(state.refs, state.node, strict=True) if node and not refs)
+    used, cached = state.num_used, state.num_idle
     stages = [sequence.state for sequence in state.sequences.values()]
     blocks = {"used": used, "cached": cached, "free": state.num_blocks - used - cached}
     queues = {"running": stages.count(RUNNING), "waiting": stages.count(WAITING)}

@@ -47,12 +47,11 @@ def draw(state: State) -> str:
 
 def headline(state: State) -> str:
     """The moment in one line of plain text."""
-    idle = sum(not count and bool(node) for count, node in zip(state.refs, state.node, strict=True))
     running = len(state.running)
     parts = [
         f"step {state.step:,}",
         f"KV {state.num_used / max(1, state.num_blocks):.0%} of {state.num_blocks:,} blocks",
-        f"{idle:,} cached",
+        f"{state.num_idle:,} cached",
         f"waste {state.waste:.1%}",
         f"running {running}",
         f"waiting {len(state.sequences) - running}",

@@ -165,6 +165,11 @@ class State:
         return sum(count > 0 for count in self.refs)
 
     @property
+    def num_idle(self) -> int:
+        """Blocks that nobody refers to and that are findable by their content."""
+        return sum(not count and bool(node) for count, node in zip(self.refs, self.node, strict=True))
+
+    @property
     def num_shared(self) -> int:
         """Blocks that several refer to."""
         return sum(count > 1 for count in self.refs)

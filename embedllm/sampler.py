@@ -101,7 +101,7 @@ class Sampler:
         states = [self._state(row) for row in rows]
         at = [len(state.tokens) for state in states] if positions is None else list(positions)
         late = [i for i, state in enumerate(states) if state.edit.needs_host]
-        now = [i for i, state in enumerate(states) if not state.edit.needs_host]
+        now = [i for i in range(len(rows)) if i not in late] if late else range(len(rows))
         choice = self._choose(logits, rows, states, at, now)
         if late:
             lines = Download([logits[upload(torch.tensor(late), logits.device)]])
@@ -116,24 +116,24 @@ class Sampler:
         choice = Choice(*ops.argmax_rows(logits))
         keys = {i: states[i].key(at[i]) for i in asked if states[i].draws}
         edited = [i for i in asked if not states[i].edit.asks_nothing]
-        plain = keys.keys() - set(edited)
-        self._draw(choice.ids, logits, choice.best, [(i, i, rows[i], key) for i, key in keys.items() if i in plain])
+        plain = [(i, i, rows[i], key) for i, key in keys.items() if states[i].edit.asks_nothing]
+        self._draw(choice.ids, logits, choice.best, plain)
         if edited:
-            its = [rows[i] for i in edited], [states[i].edit for i in edited]
-            editor = self._host if its[1][0].needs_host else self._editor
+            bound, edits = [rows[i] for i in edited], [states[i].edit for i in edited]
+            editor = self._host if edits[0].needs_host else self._editor
             where = upload(torch.tensor(edited), logits.device)
             work = logits[where]
-            editor.apply(work, *its, [at[i] for i in edited])
+            editor.apply(work, bound, edits, [at[i] for i in edited])
             for place, i in enumerate(edited):
                 try:
-                    its[1][place].process(work[place])
+                    edits[place].process(work[place])
                 except RequestFailed as error:
                     choice.failures[i] = error
             ids, best = ops.argmax_rows(work)
             choice.edited = edited, best
             choice.ids[where] = ids
             self._draw(choice.ids, work, best, [(n, i, rows[i], keys[i]) for n, i in enumerate(edited) if i in keys])
-            editor.note(*its, choice.ids[where])
+            editor.note(bound, choice.ids[where])
         self._log(choice, logits, {i: states[i].params.logprobs for i in asked})
         return choice
 

@@ -164,11 +164,6 @@ class Feed:
         """Send a keyframe with the next messages."""
         self._wants_keyframe = True
 
-    def keyframe(self) -> bytes | None:
-        """A keyframe of what the listeners have been told so far, without the engine; None before there is any."""
-        with self._lock:
-            return None if self._state is None else wire.encode_keyframe(self._state, self._number)
-
     def history(self) -> list[bytes]:
         """What was sent so far, beginning with a keyframe: up to 16 MB or 10 minutes, and of the time before that only
         keyframes."""

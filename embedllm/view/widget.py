@@ -38,7 +38,6 @@ class View(anywidget.AnyWidget):
     keyframe = traitlets.Bytes(b"").tag(sync=True)  # the newest one, for views that come later
     info = traitlets.Dict().tag(sync=True)
     closed = traitlets.Bool(False).tag(sync=True)
-    static = traitlets.Bool(False).tag(sync=True)
 
     def __init__(self, worker: Worker, feed: Feed, info: Mapping[str, object], decode: Decode | None) -> None:
         super().__init__(info=dict(info))

@@ -4,7 +4,6 @@ This is the proof of the wiring (`gpu`, and who calls what with which views), no
 """
 
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -67,14 +66,6 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 BLOCK = 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(raw: dict[str, Any]) -> Runner:
