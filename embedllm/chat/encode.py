@@ -13,8 +13,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from embedllm.chat.families import Family, Reasoning, writer_of
+from embedllm.chat.prepare import prepare
 from embedllm.chat.template import ChatInputs, ChatTemplate
+from embedllm.chat.turns import merged
 from embedllm.errors import InvalidRequest
+from embedllm.prompts import Prepared
+from embedllm.structured_output import StructuredOutput
 from embedllm.tokenizer import TokenizerProtocol
 
 _FIRST_STAND_IN = 0x10FE00  # the end of the last private-use plane
@@ -26,13 +31,20 @@ class Chat:
     """The chat side of one tokenizer.
 
     templates: what the tokenizer says (a source, or sources by name), unless given. With tools, the one named tool_use
-    is used if there is one, else the default.
+    is used if there is one, else the default. model_type: the config's, for templates that do not say how their model
+    writes a tool call.
     """
 
-    def __init__(self, tokenizer: TokenizerProtocol, templates: str | Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: TokenizerProtocol,
+        templates: str | Mapping[str, str] | None = None,
+        model_type: str = "",
+    ) -> None:
         found = templates if templates is not None else tokenizer.chat_template
         self._sources = {"default": found} if isinstance(found, str) else dict(found or {})
         self._compiled: dict[str, ChatTemplate] = {}
+        self.model_type = model_type
         self._tokenizer = tokenizer
         self._guard = _Guard(tokenizer.control_tokens)
 
@@ -67,10 +79,36 @@ class Chat:
         **options: Any,
     ) -> list[int]:
         """The prompt as token ids. A BOS is there if the template writes one. See ChatTemplate.render for the rest."""
+        return self.encode_text(messages, tools, add_generation_prompt, options)[1]
+
+    def encode_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        options: Mapping[str, Any],
+    ) -> tuple[str, list[int]]:
+        """The prompt as text, which is not to be encoded, and as token ids.
+
+        A template that refuses the messages gets them once more with neighbours of one role merged.
+        """
         template, guard = self.template(tools), self._guard
         given = template.check(messages, tools, options)
         guarded = ChatInputs(*(guard.apply(part) for part in given))
-        text = template.render_checked(guarded, add_generation_prompt)
+        try:
+            text = template.render_checked(guarded, add_generation_prompt)
+        except InvalidRequest as error:
+            turns = merged(guarded.messages)
+            if turns == guarded.messages:
+                raise
+            try:
+                text = template.render_checked(guarded._replace(messages=turns), add_generation_prompt)
+            except InvalidRequest:
+                raise error from None
+        return text, self._ids(text, given, guarded)
+
+    def _ids(self, text: str, given: ChatInputs, guarded: ChatInputs) -> list[int]:
+        guard = self._guard
         pieces = guard.split(text)
         if guarded == given:
             ids = self._tokenizer.encode(text, False)
@@ -80,6 +118,43 @@ class Chat:
         if any(_RESERVED.search(text) for text in _texts(given)):
             raise InvalidRequest("the messages hold a private character from U+10FE00 on; remove it")
         return self._tokenizer.encode_pieces([guard.restore(p) if isinstance(p, str) else p for p in pieces])
+
+    def prepare(
+        self,
+        messages: Any,
+        tools: Any = None,
+        *,
+        tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
+        structured: StructuredOutput | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Prepared:
+        """A chat as prompt, shape of the answer and parser of the answer.
+
+        messages: as ChatTemplate.render takes them; a call's arguments may be a JSON string, and LangChain's dicts are
+        taken too. tools, tool_choice, parallel_tool_calls: see `normalise_tools` and `choose`. Where the template lists
+        no tools, a system message does, and calls are text in the hermes format. options: variables of the template.
+
+        With tools, a call that the model begins is well-formed and of an offered tool. A tool whose parameters use what
+        cannot be enforced may be called with any arguments where calls are optional. structured: the shape of an answer
+        that is no call; where a call is required it is not used. After reasoning, where it is on, the shape begins.
+
+        Raises InvalidRequest; where a call is required, also for parameters that cannot be enforced.
+        """
+        return prepare(self, messages, tools, tool_choice, parallel_tool_calls, structured, options)
+
+    @property
+    def keep(self) -> frozenset[str]:
+        """The control tokens that a grammar must be able to choose: they are markers of calls or reasoning."""
+        sources = self._sources.values()
+        return frozenset().union(*(self.markers(writer_of(source, self.model_type), None) for source in sources))
+
+    def markers(self, family: Family | None, reasoning: Reasoning | None) -> frozenset[str]:
+        """The control tokens among the markers of a family or of reasoning; those that end an answer are none."""
+        ends = set(self._tokenizer.eos_ids)
+        texts = (*(family.texts if family else ()), *(reasoning.texts if reasoning else ()))
+        control = self._tokenizer.control_tokens.items()
+        return frozenset(token for token, i in control if i not in ends and any(token in text for text in texts))
 
 
 class _Guard:

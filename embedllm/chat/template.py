@@ -52,6 +52,7 @@ class ChatTemplate:
             raise InvalidRequest(f"the chat template is not valid Jinja: {error}") from error
         free = meta.find_undeclared_variables(tree)
         self.options = frozenset(free - environment.globals.keys() - _OWN - self._tokens.keys())
+        self.takes_tools = "tools" in free
         self._takes_parts = any(_is_content(loop.iter) for loop in tree.find_all(nodes.For))
 
     def render(
