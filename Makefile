@@ -10,6 +10,8 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # What make test-matrix runs, and with which versions.
 IPYKERNELS ?= 6.31 7.0 7.1 newest
 KERNEL_TESTS := tests/notebook/test_interrupts.py tests/notebook/test_display.py
+LANGCHAIN_CORES ?= 1.2.21 newest
+LANGCHAIN_TESTS := tests/integrations/test_langchain.py tests/integrations/test_langchain_messages.py
 # More arguments for pytest, the bench or the demo: make test ARGS="tests/unit -x"
 ARGS ?=
 
@@ -48,15 +50,22 @@ browser:
 	fi; \
 	command -v chromium >/dev/null || echo "no Chromium here: the tests that need a browser are skipped" >&2
 
-# Stop in a notebook depends on the kernel: its tests with others than the one that is installed, as users have them.
-test-matrix: $(INSTALLED) ## run the kernel tests with older and the newest ipykernel
-	@for version in $(IPYKERNELS); do \
-		folder=$(VENV)/matrix/$$version; wanted="ipykernel==$$version.*"; [ $$version != newest ] || wanted=ipykernel; \
-		[ -e $$folder/.installed ] || $(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade \
-			--target $$folder "$$wanted" && touch $$folder/.installed || exit 1; \
-		echo "ipykernel $$(cd $$folder && ls -d ipykernel-*.dist-info | sed -E 's/ipykernel-(.*).dist-info/\1/')"; \
-		PYTHONPATH=$$folder $(PY) -m pytest -q -m "not gpu and not soak" $(KERNEL_TESTS) $(ARGS) || exit 1; \
-	done
+# $(call each_version,package,versions,tests): the tests with each of them in front of the one that is installed.
+define each_version
+for version in $(2); do \
+	folder=$(VENV)/matrix/$(1)-$$version; wanted="$(1)==$$version.*"; [ $$version != newest ] || wanted=$(1); \
+	[ -e $$folder/.installed ] || $(PY) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade \
+		--target $$folder "$$wanted" && touch $$folder/.installed || exit 1; \
+	echo "$$(cd $$folder && ls -d $(subst -,_,$(1))-*.dist-info | sed -E 's/(.*)-(.*).dist-info/\1 \2/')"; \
+	PYTHONPATH=$$folder $(PY) -m pytest -q -m "not gpu and not soak" $(3) $(ARGS) || exit 1; \
+done
+endef
+
+# Stop in a notebook depends on the kernel, and the adapters on LangChain's base classes: their tests with others than
+# those that are installed, as users have them.
+test-matrix: $(INSTALLED) ## run what depends on them with older and newer ipykernel and langchain-core
+	@$(call each_version,ipykernel,$(IPYKERNELS),$(KERNEL_TESTS))
+	@$(call each_version,langchain-core,$(LANGCHAIN_CORES),$(LANGCHAIN_TESTS))
 
 check: $(INSTALLED) ## lint, formatting, types, and the rules of the house
 	@$(PY) -m ruff check .

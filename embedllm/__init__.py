@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from embedllm.outputs import Delta as Delta
     from embedllm.outputs import Logprob as Logprob
     from embedllm.outputs import Timing as Timing
+    from embedllm.outputs import ToolCall as ToolCall
     from embedllm.outputs import Usage as Usage
     from embedllm.params import SamplingParams as SamplingParams
     from embedllm.sizing import plan as plan
+    from embedllm.structured_output import StructuredOutput as StructuredOutput
     from embedllm.trace import Trace as Trace
     from embedllm.trace import open_trace as open_trace
 
@@ -40,7 +42,9 @@ _HOME = {
     "Pin": "cache",
     "SamplingParams": "params",
     "Stats": "metrics",
+    "StructuredOutput": "structured_output",
     "Timing": "outputs",
+    "ToolCall": "outputs",
     "Trace": "trace",
     "Usage": "outputs",
     "errors": "",
@@ -58,7 +62,9 @@ __all__ = [
     "Pin",
     "SamplingParams",
     "Stats",
+    "StructuredOutput",
     "Timing",
+    "ToolCall",
     "Trace",
     "Usage",
     "errors",

@@ -29,7 +29,7 @@ class Batch:
     tables [entries, max_blocks]: block ids, zero where an entry has no more. query_starts [entries + 1]: first token of
     each entry. seq_lens [entries]: tokens of the sequence up to and with this step.
     logit_rows [num_logits]: tokens whose logits are wanted, in the plan's order.
-    hidden_rows: tokens of the entries that asked for prompt_logprobs, in the plan's order; None where none did.
+    hidden_rows: tokens of the entries that want hidden states, in the plan's order; None where none did.
     starts, lengths: query_starts and seq_lens as ints.
     """
 
@@ -160,6 +160,6 @@ def _wanted_rows(plan: Plan, order: list[int]) -> tuple[list[int], list[int]]:
             wanted.append(end - 1)
         elif entry.num_logits:
             wanted += range(end - entry.num_logits, end)
-        if entry.prompt_logprobs:
+        if entry.wants_hidden:
             hidden += range(end - len(entry.tokens), end)
     return wanted, hidden

@@ -12,12 +12,12 @@ import contextlib
 import queue
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from embedllm.errors import EmbedLLMError, RequestCancelled, RequestFailed
-from embedllm.outputs import Completion, Delta, FinishReason, TokenLogprobs
+from embedllm.outputs import NOTHING, Completion, Delta, FinishReason, Said, TokenLogprobs
 from embedllm.request import Ended, Update
 
 SLICE = 0.25  # seconds a wait lasts before it looks whether the engine still lives
@@ -26,9 +26,9 @@ HEARTBEAT = 0.1  # seconds that an event loop sleeps at most while one of its co
 
 @dataclass(slots=True)
 class SampleRecord:
-    """One sample's pieces in order; piece i is (text, tokens, logprobs)."""
+    """One sample's pieces in order; piece i is (what it says, tokens, logprobs)."""
 
-    pieces: list[tuple[str, list[int], list[TokenLogprobs] | None]] = field(default_factory=list)
+    pieces: list[tuple[Said, list[int], list[TokenLogprobs] | None]] = field(default_factory=list)
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -37,10 +37,13 @@ class SampleRecord:
         """Everything from piece `start` on, merged, and where the next one starts."""
         finish_reason = self.finish_reason  # read before the pieces: it is written after them
         pieces = self.pieces[start:]
-        text = "".join(piece[0] for piece in pieces)
+        text = "".join(piece[0].text for piece in pieces)
         tokens = [token for piece in pieces for token in piece[1]]
         logprobs = [found for piece in pieces for found in piece[2] or ()]
-        return Delta(index, text, tokens, logprobs or None, finish_reason), start + len(pieces)
+        reasoning = "".join(piece[0].reasoning for piece in pieces)
+        calls = tuple(call for piece in pieces for call in piece[0].tool_calls)
+        delta = Delta(index, text, tokens, logprobs or None, finish_reason, reasoning, calls)
+        return delta, start + len(pieces)
 
 
 class Waiter:
@@ -101,11 +104,13 @@ class Channel:
         owner: object = None,
         ends_with_cell: bool = False,
         is_chat: bool = False,
+        parse: Callable[[str], Any] | None = None,
     ) -> None:
         self.request_id = request_id
         self.foreground = foreground
         self.ends_with_cell = ends_with_cell  # where a notebook's cell began it, Stop in that cell ends it
         self.is_chat = is_chat  # the answer to a conversation, which is Markdown, as opposed to a text going on
+        self.parse = parse  # makes the value of an answer's text
         self.began = time.monotonic()
         self.first_token: float | None = None  # when it came
         self.owner = owner  # the LLM the request came from: it stays open until the request has ended
@@ -124,9 +129,9 @@ class Channel:
 
     def push(self, update: Update) -> None:
         sample = self.samples[update.index]
-        if update.text or update.tokens:
+        if update.said != NOTHING or update.tokens:
             self.first_token = self.first_token or time.monotonic()
-            sample.pieces.append((update.text, update.tokens, update.logprobs))
+            sample.pieces.append((update.said, update.tokens, update.logprobs))
             sample.num_tokens += len(update.tokens)
         if update.finish_reason is not None:
             sample.stop_reason = update.stop_reason
@@ -216,6 +221,9 @@ class Channel:
                     stop_reason=sample.stop_reason,
                     logprobs=delta.logprobs,
                     index=index,
+                    tool_calls=list(delta.tool_calls) or None,
+                    reasoning=delta.reasoning or None,
+                    parse=self.parse,
                 )
             )
         if ended is not None:

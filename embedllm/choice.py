@@ -91,7 +91,7 @@ def entries_of(tokens: Sequence[int], columns: Iterable[Tensor]) -> list[TokenLo
 def _no_choice(best: float) -> str:
     if best == -math.inf:
         return (
-            "no token may be chosen: logit_bias, allowed_token_ids, bad_words, min_tokens and logits_processor "
-            "together forbid every id; allow at least one"
+            "no token may be chosen: structured, logit_bias, allowed_token_ids, bad_words, min_tokens and "
+            "logits_processor together forbid every id; allow at least one"
         )
     return f"the logits to sample from are not finite after logits_processor: the largest is {best}"

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from embedllm.config import Limits
 from embedllm.engine import Engine
 from embedllm.errors import InvalidRequest, OutOfMemory
+from embedllm.grammars import Grammars
 from embedllm.monitor import Monitor
 from embedllm.options import Options, parse_memory
 from embedllm.pace import Pace
+from embedllm.prompts import PromptEncoder
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
 from embedllm.worker import Worker
 
@@ -80,12 +82,15 @@ class Core:
         runner: Any,
         memory: Callable[[], Memory],
         pace: Pace | None = None,
+        model_type: str = "",
     ) -> None:
         self.info = info
         self.limits = limits
         self._options, self._limits_for = options, limits_for
         self.tokenizer = tokenizer
         self.defaults = defaults
+        self.prompts = PromptEncoder(tokenizer, limits.num_input_ids, model_type)
+        self.grammars = Grammars(partial(self.prompts.vocabulary, limits.vocab_size, eos_ids))
         self.memory = memory
         engine = Engine(
             runner,
@@ -218,6 +223,7 @@ def _from_files(model: Any, options: Options) -> Core:
         tokenizer=tokenizer,
         defaults=snapshot.defaults(),
         eos_ids=snapshot.eos_ids,
+        model_type=str(snapshot.config.get("model_type", "")),
         runner=runner,
         pace=Pace(STEP_SECONDS, limits.max_num_seqs, limits.max_batch_tokens) if paced else None,
         memory=lambda: Memory(**sizes, kv_cache=kv.num_bytes, free=free_on(device), note=note),

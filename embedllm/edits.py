@@ -1,8 +1,8 @@
 """What changes logits before a token is chosen: what a sequence asks for, and how it is done where the logits are.
 
 Owns that part of the per-row state. Knows nothing of choosing. Order: repetition, frequency and presence penalties,
-logit_bias with the ids that may not be chosen, allowed_token_ids, logits_processor. Invariant: an edit writes to its
-own row of a copy, never to the model's logits.
+logit_bias with the ids that may not be chosen, allowed_token_ids with what the shape allows, logits_processor, and the
+shape once more. Invariant: an edit writes to its own row of a copy, never to the model's logits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from embedllm.errors import RequestFailed
 from embedllm.params import SamplingParams
+from embedllm.structured.follower import Follower
 from embedllm.transfer import upload
 from embedllm_kernels import sampling as ops
 
@@ -43,14 +44,19 @@ def pack_ids(ids: Sequence[int], size: int) -> NDArray[np.int32]:
     return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32, copy=False)
 
 
-def unpack_ids(words: NDArray[np.int32], size: int) -> Tensor:
-    """The same as bool [size]."""
-    bits = np.unpackbits(words.astype("<i4", copy=False).view(np.uint8), count=size, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_))
+# The bits of each byte, lowest first, as what a logit may be at most. A tenth of what filling by a bool mask costs.
+_CEILINGS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf)
+_CEILINGS = _CEILINGS.astype(np.float32)
+
+
+def keep_ids(work: Tensor, words: NDArray[np.int32]) -> Tensor:
+    """Logits [n, V], -inf where an id's bit is not set in words [n, ceil(V / 32)]; NaN stays NaN."""
+    ceilings = np.take(_CEILINGS, words.astype("<i4", copy=False).view(np.uint8), axis=0).reshape(len(words), -1)
+    return torch.minimum(work, torch.from_numpy(ceilings[:, : work.shape[1]]).to(work.dtype))
 
 
 class Edit:
-    """What one bound sequence asks for. `tokens` is its live list, prompt then output."""
+    """What one bound sequence asks for. `tokens` is its live list, prompt then output; `follower` its shape, if any."""
 
     def __init__(
         self,
@@ -60,8 +66,9 @@ class Edit:
         eos_ids: Sequence[int],
         bad_words: Sequence[Sequence[int]],
         vocab_size: int,
+        follower: Follower | None = None,
     ) -> None:
-        self.tokens, self.num_prompt = tokens, num_prompt
+        self.tokens, self.num_prompt, self.follower = tokens, num_prompt, follower
         self.processor = params.logits_processor
         self.penalties = penalties_of(params)
         self._counts = _Counts(num_prompt, params.repetition_penalty != 1.0, vocab_size) if self.penalties else None
@@ -79,9 +86,20 @@ class Edit:
         self.allowed: NDArray[np.int32] | None = None  # bits: id % 32 of word id // 32
         if params.allowed_token_ids is not None:
             self.allowed = pack_ids(params.allowed_token_ids, vocab_size)
+        self._shaped = None if follower is None else np.zeros(-(-vocab_size // 32), np.int32)
         # The host must know the tokens so far, and see the logits, before the next one is chosen.
         self.needs_host = bool(self._watched) or self.processor is not None
-        self.asks_nothing = not (self.penalties or self._early or self.needs_host) and self.allowed is None
+        asks = self.penalties or self._early or self.needs_host or self.allowed is not None or follower is not None
+        self.asks_nothing = not asks
+
+    def mask(self) -> NDArray[np.int32] | None:
+        """The ids that may be chosen now, as bits; None for all. Good until the next call. Raises RequestFailed."""
+        if self.follower is None or self._shaped is None:
+            return self.allowed
+        self.follower.fill(self._shaped)
+        if self.allowed is not None:
+            self._shaped &= self.allowed
+        return self._shaped
 
     def biases(self, position: int) -> dict[int, float]:
         """What is added to the logits of the token at `position`, by id; -inf where an id may not be chosen."""
@@ -96,8 +114,11 @@ class Edit:
         """(ids, times in the output) of what the penalties look at, each id once; None without penalties."""
         return self._counts.update(self.tokens) if self._counts is not None else None
 
-    def process(self, line: Tensor) -> None:
-        """Run the caller's logits_processor, if any, and put its answer into `line`. Raises only RequestFailed."""
+    def process(self, line: Tensor, mask: NDArray[np.int32] | None) -> None:
+        """Run the caller's logits_processor, if any, and put its answer into `line`. Raises only RequestFailed.
+
+        mask: what `mask()` said last; where there is a shape, the answer keeps to it.
+        """
         if self.processor is None:
             return
         prompt, output = self.tokens[: self.num_prompt], self.tokens[self.num_prompt :]
@@ -123,6 +144,11 @@ class Edit:
                 f"got {answer.dtype} of shape {tuple(answer.shape)}"
             )
         line.copy_(answer.detach())
+        if self.follower is not None and mask is not None:
+            line.copy_(keep_ids(line[None], mask[None])[0])
+
+
+Masks = Sequence[NDArray[np.int32] | None]  # of each row, see Edit.mask
 
 
 class Editor(Protocol):
@@ -133,8 +159,10 @@ class Editor(Protocol):
     def bind(self, row: int, edit: Edit) -> None:
         """The row is this sequence's from now on, whose tokens are all known."""
 
-    def apply(self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int]) -> None:
-        """Penalties, biases and masks, in place on logits [n, V]; `positions` are of the tokens to choose."""
+    def apply(
+        self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int], masks: Masks
+    ) -> None:
+        """Penalties, biases and `masks`, in place on logits [n, V]; `positions` are of the tokens to choose."""
 
     def note(self, rows: Sequence[int], ids: Tensor) -> None:
         """These ids int64 [n] were chosen for these rows."""
@@ -148,7 +176,9 @@ class HostEditor:
     def bind(self, row: int, edit: Edit) -> None:
         pass
 
-    def apply(self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int]) -> None:
+    def apply(
+        self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int], masks: Masks
+    ) -> None:
         found = [(place, edit.penalties, edit.count()) for place, edit in enumerate(edits)]
         seen = [(place, torch.tensor([factors]), *count) for place, factors, count in found if count and factors]
         if seen:
@@ -160,9 +190,14 @@ class HostEditor:
         if each:
             places, chosen, values = (torch.tensor(column) for column in zip(*each, strict=True))
             work[places, chosen] += values.to(work.dtype)
-        for line, edit in zip(work, edits, strict=True):
-            if edit.allowed is not None:
-                line.masked_fill_(~unpack_ids(edit.allowed, len(line)), -math.inf)
+        masked = [place for place, mask in enumerate(masks) if mask is not None]
+        if masked:
+            words = np.stack([mask for mask in masks if mask is not None])
+            if len(masked) == len(work):
+                work.copy_(keep_ids(work, words))
+            else:
+                where = torch.tensor(masked)
+                work[where] = keep_ids(work[where], words)
 
     def note(self, rows: Sequence[int], ids: Tensor) -> None:
         pass
@@ -199,7 +234,9 @@ class DeviceEditor:
             ids = upload(torch.tensor(output), self._device)
             line.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
-    def apply(self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int]) -> None:
+    def apply(
+        self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int], masks: Masks
+    ) -> None:
         from embedllm_kernels.triton.edits import apply_edits
 
         device, penalised = work.device, not self._penalised.isdisjoint(rows)
@@ -208,11 +245,11 @@ class DeviceEditor:
         bias_ids, values = np.full((len(each), widest), -1, np.int32), np.zeros((len(each), widest), np.float32)
         for place, found in enumerate(each):
             bias_ids[place, : len(found)], values[place, : len(found)] = list(found), list(found.values())
-        masks = None
-        if any(edit.allowed is not None for edit in edits):
-            masks = np.full((len(edits), -(-self._size // 32)), -1, np.int32)
-            for place, edit in enumerate(edits):
-                masks[place] = masks[place] if edit.allowed is None else edit.allowed
+        allowed = None
+        if any(mask is not None for mask in masks):
+            allowed = np.full((len(edits), -(-self._size // 32)), -1, np.int32)
+            for place, mask in enumerate(masks):
+                allowed[place] = -1 if mask is None else mask
         apply_edits(
             work,
             rows=upload(torch.tensor(rows, dtype=torch.int32), device),
@@ -220,7 +257,7 @@ class DeviceEditor:
             counts=self._counts if penalised else None,
             prompt=self._prompts if penalised else None,
             bias=(upload(torch.from_numpy(bias_ids), device), upload(torch.from_numpy(values), device)),
-            allowed=None if masks is None else upload(torch.from_numpy(masks), device),
+            allowed=None if allowed is None else upload(torch.from_numpy(allowed), device),
         )
 
     def note(self, rows: Sequence[int], ids: Tensor) -> None:

@@ -24,13 +24,13 @@ from embedllm.flight import Flight
 from embedllm.invariants import check
 from embedllm.live import Live, Sample
 from embedllm.metrics import Metrics, Stats, snapshot
-from embedllm.outputs import FinishReason, TokenLogprobs
+from embedllm.outputs import NOTHING, FinishReason, TokenLogprobs
 from embedllm.pace import Pace
 from embedllm.pins import Pins
 from embedllm.plan_types import Entry, Plan
 from embedllm.readout import Reading, Readout
 from embedllm.recording import Recorders, record_plan
-from embedllm.request import Ended, Request, StepOutput, Update
+from embedllm.request import Request, StepOutput, Update
 from embedllm.runner import ModelOutput
 from embedllm.scheduler import Progress, Scheduler
 from embedllm.tokenizer import TokenizerProtocol
@@ -50,8 +50,7 @@ class Engine:
     `tokenizer` may be None: text is then empty. `depth`: steps in flight at most, by default the runner's; above 1 the
     next one is launched before the last one is read. `debug` recounts everything after each step. Another thread may
     read `last_beat`, the monotonic time of the latest sign of life, set `stop_asked`, which ends a step between two
-    layers, and add the ids of requests to `cancel_asked`, which ends one that nobody else is part of; the request is
-    ended by `cancel`.
+    layers, and add to `cancel_asked` ids of requests, which end one that nobody else is part of; `cancel` ends them.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class Engine:
         return self._deadlines.next
 
     def submit(self, request: Request) -> None:
-        """Take a validated request. What cannot be taken (a pin came since, a broken tokenizer) ends with the error."""
+        """Take a validated request. What cannot be taken (no grammar, a pin came since) ends with the error."""
         live = self._live[request.id] = Live(request)
         try:
             if len(self._live) > self.limits.max_queued + self.limits.max_num_seqs:
@@ -151,7 +150,7 @@ class Engine:
         return self._take_output()
 
     def resize(self, limits: Limits) -> None:
-        """Go on with as many KV blocks as these limits say; see `resizing`. Everybody's KV is computed again."""
+        """See `resizing`. Everybody's KV is computed again."""
         try:
             resizing.resize(limits, self.scheduler, self._flight, getattr(self._run, "resize", None), self._succeed)
         except EngineDead as dead:
@@ -313,7 +312,7 @@ class Engine:
             return
         live = sample.live
         try:
-            piece = sample.say(progress.tokens)
+            piece, said = sample.say(progress.tokens)
         except BaseException as error:  # a tokenizer of the caller's
             self._fail(sequence.id, error)
             return
@@ -325,9 +324,10 @@ class Engine:
         live.num_output += len(tokens)
         sample.num_emitted += len(tokens)
         self.metrics.generation_tokens += len(tokens)
-        update = Update(live.request.id, sample.index, piece.text, tokens, [logprobs] if logprobs is not None else None)
+        update = Update(live.request.id, sample.index, said, tokens, [logprobs] if logprobs is not None else None)
         self._output.updates.append(update)
         if sequence.finish_reason is not None:
+            sequence.finish_reason = sample.ending
             update.finish_reason, update.stop_reason = sequence.finish_reason, sequence.stop_reason
             del self._samples[sequence.id]
             self._readout.forget(sequence.id)
@@ -361,8 +361,8 @@ class Engine:
         timing = live.timing(now)
         self.metrics.observe_request(timing, live.num_output, reason)
         open_samples = [sample for sample in live.samples if self._samples.pop(sample.sequence.id, None) is not None]
-        self._output.updates += [Update(request.id, s.index, "", [], None, reason) for s in open_samples]
-        self._output.ended.append(Ended(request.id, live.usage(), timing, live.prompt_logprobs, error))
+        self._output.updates += [Update(request.id, s.index, NOTHING, [], None, reason) for s in open_samples]
+        self._output.ended.append(live.ended(timing, error))
         for sample in open_samples:
             self._readout.forget(sample.sequence.id)
             self.scheduler.finish(sample.sequence, reason)

@@ -7,6 +7,7 @@
     ├── RequestFailed                    this request only; `.completion` holds what there was
     │   └── DeadlineExceeded             its deadline passed
     ├── RequestCancelled                 cancelled by its owner; `.completion` holds what there was
+    ├── InvalidOutput (ValueError)       `.parsed` of an answer that is cut short or that its type refuses
     ├── QueueFull                        too many requests wait already; try again later
     ├── ModelError                       the model cannot be loaded
     │   ├── ModelNotFound                no such folder or hub id, or offline and not cached
@@ -40,6 +41,7 @@ __all__ = [
     "EngineError",
     "EngineForked",
     "EngineReentered",
+    "InvalidOutput",
     "InvalidRequest",
     "MissingDependency",
     "ModelError",
@@ -99,6 +101,10 @@ class DeadlineExceeded(RequestFailed):
 
 class RequestCancelled(_Ended):
     """The request was cancelled by its owner, by a dropped handle, or by close()."""
+
+
+class InvalidOutput(_Ended, ValueError):
+    """An answer was asked to have a shape and has no value: it was cut short, or its type refuses it (`__cause__`)."""
 
 
 class QueueFull(EmbedLLMError):

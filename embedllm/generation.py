@@ -7,6 +7,7 @@ join to the completion, and no reader can slow the engine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import weakref
 from collections.abc import Generator
@@ -53,6 +54,23 @@ class Generation:
         """The text of sample 0 so far."""
         self._worker.note_reader(self._channel)
         return self._channel.samples[0].delta(0, 0)[0].text
+
+    @property
+    def partial(self) -> Any:
+        """What the text of sample 0 says so far, where JSON was asked for: plain data that grows, strings in it too.
+
+        None while there is nothing to read.
+        """
+        from pydantic_core import from_json
+
+        with contextlib.suppress(ValueError):
+            return from_json(self.text.lstrip(), allow_partial="trailing-strings")
+        return None
+
+    @property
+    def embedding(self) -> Any:
+        """Of a request that pools its prompt's hidden states: their tensor, float32 [hidden], once it has ended."""
+        return None if self._channel.ended is None else self._channel.ended.embedding
 
     @property
     def tokens(self) -> list[int]:

@@ -90,7 +90,7 @@ class DecodeGraphs:
         """
         entries = plan.entries
         if self._is_broken or not all(
-            len(entry.tokens) == entry.num_logits == 1 and not entry.prompt_logprobs for entry in entries
+            len(entry.tokens) == entry.num_logits == 1 and not entry.wants_hidden for entry in entries
         ):
             return None
         blocks = max(LEAST_BLOCKS, max(len(entry.blocks) for entry in entries))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from embedllm.detokenizer import Detokenizer, Piece
-from embedllm.outputs import Timing, TokenLogprobs, Usage
-from embedllm.request import Request
+from embedllm.outputs import FinishReason, Parser, Said, Timing, TokenLogprobs, Usage
+from embedllm.request import Ended, Request
 from embedllm.sequence import Sequence
 from embedllm.tokenizer import TokenizerProtocol
 
@@ -24,15 +25,29 @@ class Sample:
     index: int
     sequence: Sequence
     detokenizer: Detokenizer
+    parser: Parser | None = None
     num_emitted: int = 0  # output tokens handed on; the rest of the sequence's can be made again
+    num_calls: int = 0  # of tools
 
-    def say(self, tokens: list[int]) -> Piece:
-        """The text of these tokens, and what was held back where the sequence ends with them."""
+    @property
+    def ending(self) -> FinishReason | None:
+        """How it ended."""
+        reason = self.sequence.finish_reason
+        return "tool_calls" if reason == "stop" and self.num_calls else reason
+
+    def say(self, tokens: list[int]) -> tuple[Piece, Said]:
+        """The text of these tokens, and what was held back where the sequence ends with them; and what it says."""
         reason = self.sequence.finish_reason
         piece = self.detokenizer.step(tokens, ended_by_token=reason == "stop")
         if reason is not None and piece.stop is None:
             piece = piece._replace(text=piece.text + self.detokenizer.finish())
-        return piece
+        if self.parser is None:
+            return piece, Said(piece.text)
+        said = self.parser.feed(piece.text)
+        if reason is not None or piece.stop is not None:
+            said = said.then(self.parser.finish())
+        self.num_calls += len(said.tool_calls)
+        return piece, said
 
 
 @dataclass(slots=True)
@@ -46,11 +61,19 @@ class Live:
     first_token: float = 0.0
     num_output: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    pooled: dict[int, Any] = field(
+        default_factory=dict
+    )  # chunk's first position -> its hidden states' sum, or the last
 
     def add_samples(
         self, ids: Iterator[int], eos_ids: frozenset[int], tokenizer: TokenizerProtocol | None, is_stepwise: bool
     ) -> None:
-        """Make a sequence with its text for each sample asked for. `ids` names the sequences."""
+        """Make a sequence with its text for each sample asked for. `ids` names the sequences.
+
+        Raises what is wrong with the request's shape.
+        """
+        if self.request.shape is not None:
+            self.request.shape.compiled  # noqa: B018
         request, params = self.request, self.request.params
         for index in range(params.n):
             sequence = Sequence(
@@ -61,12 +84,29 @@ class Live:
                 stop_ids=frozenset(params.stop_token_ids),
                 priority=params.priority,
                 salt=params.cache_salt,
-                prompt_logprobs=params.prompt_logprobs is not None and index == 0,
+                wants_hidden=index == 0 and (params.prompt_logprobs is not None or request.pooling is not None),
                 is_stepwise=is_stepwise,
             )
             detokenizer = Detokenizer(tokenizer, request.prompt, params)
-            self.samples.append(Sample(self, index, sequence, detokenizer))
+            parser = request.parser() if request.parser is not None else None
+            self.samples.append(Sample(self, index, sequence, detokenizer, parser))
         self.num_open = len(self.samples)
+
+    def pool(self, start: int, hidden: Any) -> None:
+        """Hidden states [tokens, hidden] of the prompt from position `start` on, for an embedding. May come again."""
+        if self.request.pooling is not None:
+            if start == 0:  # for the first time, or after a preemption
+                self.pooled.clear()
+            self.pooled[start] = hidden[-1].float() if self.request.pooling == "last" else hidden.float().sum(0)
+
+    def ended(self, timing: Timing, error: BaseException | None) -> Ended:
+        """The last word about it."""
+        ended = Ended(self.request.id, self.usage(), timing, self.prompt_logprobs, error)
+        if self.request.pooling == "last" and self.pooled:
+            ended.embedding = self.pooled[max(self.pooled)]
+        elif self.pooled:
+            ended.embedding = sum(self.pooled.values()) / len(self.request.prompt)
+        return ended
 
     def usage(self) -> Usage:
         num_cached = self.samples[0].sequence.num_cached if self.samples else 0

@@ -7,17 +7,16 @@ scheduling. Invariant: what is refused is refused here, before anything is queue
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from embedllm import cells, registry
+from embedllm.asking import Asked, Asking, is_batch, params_for_each
 from embedllm.cache import Cache, Pin
 from embedllm.channel import SLICE, Channel
-from embedllm.config import Limits
 from embedllm.core import Core, Memory, ModelInfo, build
 from embedllm.errors import (
     EmbedLLMError,
@@ -32,8 +31,7 @@ from embedllm.metrics import Stats
 from embedllm.options import Options, key_of
 from embedllm.outputs import Completion
 from embedllm.params import SamplingParams
-from embedllm.prompts import Prompt, PromptEncoder
-from embedllm.request import Request
+from embedllm.prompts import Prompt
 from embedllm.trace import DEFAULT_CAPACITY, Trace
 
 if TYPE_CHECKING:
@@ -68,28 +66,23 @@ class LLM:
         chosen = Options(**options)
         cells.follow()
         self._progress = chosen.progress
-        self._random = random.Random(chosen.seed)
         self._core: Core | None = registry.acquire(key_of(model, chosen), lambda: build(model, chosen), self)
         self._info = self._core.info
         self._held: weakref.WeakSet[Pin | Trace] = weakref.WeakSet()  # what ends with this handle
-        self._prompts = PromptEncoder(self._core.tokenizer, self._core.limits.num_input_ids)
+        self._asking = Asking(self._core, chosen.seed)
 
     # ---- generate ---------------------------------------------------------------------------------------------
 
-    def submit(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, tools: Any = None, **overrides: Any
-    ) -> Generation:
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any) -> Generation:
         """Queue a request and return its handle at once; it runs in the background whether it is read or not.
 
         Raises InvalidRequest here, before anything is queued, for whatever cannot run as asked.
         """
-        return self._enqueue(self._request(prompt, params, overrides, tools), ends_with_cell=False)
+        return self._enqueue(self._ask(prompt, params, overrides), ends_with_cell=False)
 
-    def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, tools: Any = None, **overrides: Any
-    ) -> Generation:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any) -> Generation:
         """The same for reading at once: leaving the loop over it, or interrupting it, ends the request."""
-        return self._enqueue(self._request(prompt, params, overrides, tools), foreground=True)
+        return self._enqueue(self._ask(prompt, params, overrides), foreground=True)
 
     @overload
     def generate(
@@ -111,83 +104,89 @@ class LLM:
         prompt: Any,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        tools: Any = None,
         return_exceptions: bool = False,
         **overrides: Any,
     ) -> Any:
         """Complete one prompt, or a list of them in order.
 
         A prompt is a string, one list of token ids, or one list of chat messages; a list of those is a batch and gives
-        a list. `params` may be a list with one entry per prompt; keyword arguments replace its fields. If one of a
+        a list. `params` may be a list with one entry per prompt; keyword arguments replace its fields, and the fields
+        of StructuredOutput may be given as they are: json_schema=Model gives `completion.parsed`, a Model. If one of a
         list fails, all are awaited and the first error is raised with `.completions`; `return_exceptions=True` gives
         the errors in their places; for one prompt it has no effect. Interrupting the wait cancels what is left.
         """
         self._open().worker.check_caller("generate()")
-        if not _is_batch(prompt):
-            return self._enqueue(self._request(prompt, params, overrides, tools), foreground=True).result()
+        if not is_batch(prompt):
+            return self._enqueue(self._ask(prompt, params, overrides), foreground=True).result()
         asked: list[Generation | InvalidRequest] = []
-        each = _params_for_each(prompt, params)
-        SamplingParams(**overrides)  # refused before anything is queued, also for an empty list
+        each = params_for_each(prompt, params)
+        self._asking.check(overrides)  # refused before anything is queued, also for an empty list
         try:
             for one, its in zip(prompt, each, strict=True):
                 try:
-                    asked.append(self._enqueue_when_room(self._request(one, its, overrides, tools), asked))
+                    asked.append(self._enqueue_when_room(self._ask(one, its, overrides), asked))
                 except InvalidRequest as error:
                     if not return_exceptions:
                         raise
                     asked.append(error)
             self._wait_all([one for one in asked if isinstance(one, Generation)])
         except BaseException:
-            for one in asked:
-                if isinstance(one, Generation):
-                    one.cancel()
+            _cancel(asked)
             raise
         return _collect(asked, return_exceptions)
 
     def chat(
-        self,
-        messages: list[dict[str, Any]],
-        params: SamplingParams | None = None,
-        *,
-        tools: Any = None,
-        **overrides: Any,
+        self, messages: list[dict[str, Any]], params: SamplingParams | None = None, **overrides: Any
     ) -> Completion:
-        """Answer a conversation: messages are dicts with "role" and "content", rendered by the model's template."""
+        """Answer a conversation: messages are dicts with "role" and "content", rendered by the model's template.
+
+        tools: functions, pydantic models or JSON schemas that the model may call; `completion.tool_calls` says which.
+        tool_choice: "auto" (the default), "none", "required" or a tool's name. parallel_tool_calls: False for one call
+        at most. chat_template_kwargs: what the template reads beside, as {"enable_thinking": False}. `generate`,
+        `stream` and `submit` take the same for messages.
+        """
         if not messages or not all(isinstance(message, dict) for message in messages):
             raise InvalidRequest('chat() takes a non-empty list of messages such as {"role": "user", "content": "hi"}')
-        return self.generate(messages, params, tools=tools, **overrides)
+        return self.generate(messages, params, **overrides)
 
-    def _request(self, prompt: Any, params: Any, overrides: dict[str, Any], tools: Any = None) -> Request:
-        """What was asked, checked in the caller's thread. Raises InvalidRequest."""
-        limits, worker, defaults = self._open().limits, self._open().worker, self._open().defaults
-        worker.check_alive()
-        if params is not None and not isinstance(params, SamplingParams):
-            raise InvalidRequest(f"params must be one SamplingParams for one prompt, got {type(params).__name__}")
-        tokens = self._prompts.encode(prompt, tools)
-        chosen = (params or SamplingParams()).replace(**overrides) if overrides else params or SamplingParams()
-        resolved = chosen.resolve(defaults)
-        resolved.check_fits(limits.vocab_size)
-        if self._prompts.has_no_text and (resolved.stop or resolved.bad_words):
-            raise InvalidRequest("stop and bad_words are text, and this model has no tokenizer; use stop_token_ids")
-        bad_words = self._prompts.bad_words(resolved)
-        num_pinned = worker.num_pinned
-        max_tokens = _max_tokens(limits, num_pinned, len(tokens), chosen, resolved)
-        limits.check_fits(len(tokens), max_tokens, num_pinned)
-        return Request(
-            id=worker.new_id(),
-            prompt=tokens,
-            params=resolved,
-            max_tokens=max_tokens,
-            seed=resolved.seed if resolved.seed is not None else self._random.getrandbits(63),
-            submitted=time.monotonic(),
-            bad_words=bad_words,
-            is_chat=isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], dict),
-        )
+    def embed(self, texts: Any, *, pooling: Literal["mean", "last"] = "mean", normalize: bool = True) -> Any:
+        """Embeddings of one text or token ids, float32 [hidden], or of a list of them, [n, hidden]: numpy arrays.
 
-    def _enqueue(self, request: Request, *, foreground: bool = False, ends_with_cell: bool = True) -> Generation:
+        They are the model's last hidden states, after its final norm, of all tokens (pooling="mean") or the last one,
+        scaled to length 1 if `normalize`. Special tokens are added as `generate` does. A model that was not trained for
+        it gives embeddings of modest use. Raises InvalidRequest, and as `generate` for a list.
+        """
+        import numpy as np
+
+        if pooling not in ("mean", "last"):
+            raise InvalidRequest(f"pooling must be 'mean' or 'last', got {pooling!r}")
+        self._open().worker.check_caller("embed()")
+        if not is_batch(texts):
+            return self.embed([texts], pooling=pooling, normalize=normalize)[0]
+        once = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
+        asked: list[Generation | InvalidRequest] = []
+        try:
+            for text in texts:
+                one = self._asking.ask(self._open(), text, once, {}, pooling)
+                asked.append(self._enqueue_when_room(one, asked))
+            self._wait_all([one for one in asked if isinstance(one, Generation)])
+        except BaseException:
+            _cancel(asked)
+            raise
+        _collect(asked, False)
+        found = [one.embedding.cpu().numpy() for one in asked if isinstance(one, Generation)]
+        vectors = np.stack(found) if found else np.zeros((0, 0), np.float32)
+        if normalize:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors
+
+    def _ask(self, prompt: Any, params: Any, overrides: dict[str, Any]) -> Asked:
+        return self._asking.ask(self._open(), prompt, params, overrides)
+
+    def _enqueue(self, asked: Asked, *, foreground: bool = False, ends_with_cell: bool = True) -> Generation:
         """Hand it to the engine's thread. Raises QueueFull and what says that there is no engine."""
         cells.follow()
-        worker = self._open().worker
+        worker, request = self._open().worker, asked.request
         channel = Channel(
             request.id,
             request.params.n,
@@ -195,22 +194,24 @@ class LLM:
             owner=self,
             ends_with_cell=ends_with_cell,
             is_chat=request.is_chat,
+            parse=asked.parse,
         )
         generation = Generation(worker, channel, request.prompt)
         worker.submit(request, channel)
         return generation
 
-    def _enqueue_when_room(self, request: Request, before: Sequence[Generation | InvalidRequest]) -> Generation:
+    def _enqueue_when_room(self, asked: Asked, before: Sequence[Generation | InvalidRequest]) -> Generation:
         """The same for one of a list: where the queue is full of those `before` it, once some of them have ended."""
         while True:
             try:
-                return self._enqueue(request)
+                return self._enqueue(asked)
             except QueueFull:
                 pending = [one for one in before if isinstance(one, Generation) and not one.done]
                 if not pending:
                     raise
                 pending[0].wait(SLICE)
-                request = replace(request, id=self._open().worker.new_id())  # the last handle took its id with it
+                new = self._open().worker.new_id()  # the last handle took its id with it
+                asked = replace(asked, request=replace(asked.request, id=new))
 
     def _wait_all(self, generations: list[Generation]) -> None:
         """Wait in the caller's thread, with a bar there if somebody is looking."""
@@ -235,15 +236,17 @@ class LLM:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens added."""
-        return self._prompts.text.encode(text, add_special_tokens=False)
+        return self._asking.prompts.text.encode(text, add_special_tokens=False)
 
     def detokenize(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids."""
-        return self._prompts.text.decode(self._prompts.check_ids(list(ids)), skip_special_tokens=skip_special_tokens)
+        return self._asking.prompts.text.decode(
+            self._asking.prompts.check_ids(list(ids)), skip_special_tokens=skip_special_tokens
+        )
 
     def count_tokens(self, prompt: Prompt, tools: Any = None) -> int:
         """How many tokens a prompt (text, ids or messages) has, template and special tokens included."""
-        return len(self._prompts.encode(prompt, tools))
+        return len(self._asking.prompts.encode(prompt, tools))
 
     def _prefill(self, tokens: list[int], salt: str | None) -> Generation:
         params = SamplingParams(max_tokens=1, temperature=0.0, seed=0, cache_salt=salt)
@@ -259,7 +262,7 @@ class LLM:
     @property
     def cache(self) -> Cache:
         """The prefix cache: `explain(prompt)`, `pin(prompt)`, `reset()`."""
-        return Cache(self._open().worker, self._prompts.encode, self._prefill, self._held)
+        return Cache(self._open().worker, self._asking.prompts.encode, self._prefill, self._held)
 
     def stats(self) -> Stats:
         """Counters and gauges right now, with vLLM's names."""
@@ -340,32 +343,10 @@ class LLM:
         return f"<LLM {self.info.model}{' (closed)' if self.closed else ''}>"
 
 
-def _max_tokens(
-    limits: Limits, num_pinned: int, num_prompt: int, given: SamplingParams, resolved: SamplingParams
-) -> int:
-    """What was asked; where nothing was, the default as far as it fits."""
-    room = min(limits.max_model_len, (limits.num_blocks - num_pinned) * limits.block_size + 1) - num_prompt
-    if resolved.max_tokens is None:
-        return max(1, room)
-    if "max_tokens" in given.given:
-        return resolved.max_tokens
-    return max(1, resolved.min_tokens, min(resolved.max_tokens, room))
-
-
-def _is_batch(prompt: Any) -> bool:
-    """A list of prompts, as opposed to one list of ids or one list of messages."""
-    return isinstance(prompt, (list, tuple)) and (not prompt or isinstance(prompt[0], (str, list, tuple)))
-
-
-def _params_for_each(prompts: Sequence[Any], params: Any) -> list[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * len(prompts)
-    if not isinstance(params, Sequence) or isinstance(params, str):
-        raise InvalidRequest(f"params must be a SamplingParams, or a list of them, got {type(params).__name__}")
-    each = list(params)
-    if len(each) != len(prompts):
-        raise InvalidRequest(f"{len(prompts)} prompts and {len(each)} SamplingParams; give one, or one per prompt")
-    return each
+def _cancel(asked: Sequence[Generation | InvalidRequest]) -> None:
+    for one in asked:
+        if isinstance(one, Generation):
+            one.cancel()
 
 
 def _collect(asked: list[Generation | InvalidRequest], return_exceptions: bool) -> list[Any]:

@@ -6,9 +6,13 @@ equal its completion's text, and their tokens, joined, equal its tokens.
 
 from __future__ import annotations
 
+import functools
 import html
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
+
+from embedllm.errors import InvalidOutput
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
@@ -25,6 +29,40 @@ TokenLogprobs = list[Logprob]  # the chosen token first, then the most likely on
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that a model asks for: the tool's name, its arguments by name (plain JSON data), an id for the answer."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str
+
+
+class Said(NamedTuple):
+    """A piece of an answer, parsed: text for the reader, reasoning before it, and tool calls that became complete."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def then(self, other: Said) -> Said:
+        """This and what comes after it."""
+        return Said(self.text + other.text, self.reasoning + other.reasoning, self.tool_calls + other.tool_calls)
+
+
+NOTHING = Said()
+
+
+class Parser(Protocol):
+    """Reads one sample's raw text as it comes and tells its parts."""
+
+    def feed(self, text: str) -> Said:
+        """What this text completes."""
+
+    def finish(self) -> Said:
+        """What was held back, once the sample has ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What is new for one sample since the reader last looked.
 
@@ -37,6 +75,8 @@ class Delta:
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +106,8 @@ class Completion:
     """The finished answer to one prompt: sample 0's fields, and all `n` samples in `outputs`.
 
     `tokens` include the EOS or stop token, `text` does not. `stop_reason` is the stop string or stop token id that
-    ended the sample, None for EOS and length. `logprobs` has one entry per token of `tokens`; `prompt_logprobs` one
+    ended the sample, None for EOS and length. `tool_calls` and `reasoning` are what a conversation's answer has beside
+    its text, None where there is none. `logprobs` has one entry per token of `tokens`; `prompt_logprobs` one
     per prompt token, the first being None.
     """
 
@@ -79,10 +120,26 @@ class Completion:
     usage: Usage = field(default_factory=Usage)
     timing: Timing = field(default_factory=Timing)
     index: int = 0
-    parsed: Any = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[ToolCall] | None = None
     reasoning: str | None = None
+    parse: Callable[[str], Any] | None = field(default=None, repr=False, compare=False)
     siblings: tuple[Completion, ...] = field(default=(), repr=False)
+
+    @functools.cached_property
+    def parsed(self) -> Any:
+        """What the text says, where JSON was asked for: an object of the type that was given as the schema, or plain
+        data. None where nothing was asked for, or tools are called instead.
+
+        Raises InvalidOutput where the text is not whole (finish_reason "length"), or where the type itself refuses it.
+        """
+        if self.parse is None or self.finish_reason == "tool_calls":
+            return None
+        if self.finish_reason != "stop":
+            raise InvalidOutput(f"the answer is not whole: it ended by {self.finish_reason!r}; raise max_tokens", self)
+        try:
+            return self.parse(self.text)
+        except Exception as error:
+            raise InvalidOutput(f"the answer has the asked shape and was refused: {error}", self) from error
 
     @property
     def outputs(self) -> tuple[Completion, ...]:
@@ -93,8 +150,12 @@ class Completion:
         return self.text
 
     def footer(self, state: str) -> str:
-        """One line of numbers: tokens, how it stands, speed after the first token, when that came, what was cached."""
-        parts = [f"{len(self.tokens)} tokens", state]
+        """One line: calls, reasoning, tokens, how it stands, speed, when the first token came, what was cached."""
+        calls = ", ".join(f"{call.name}({_arguments(call)})" for call in self.tool_calls or ())
+        parts = [f"calls {calls}"] if calls else []
+        if self.reasoning:
+            parts.append(f"{len(self.reasoning):,} characters of reasoning")
+        parts += [f"{len(self.tokens)} tokens", state]
         if self.timing.decode > 0 and len(self.tokens) > 1:
             parts.append(f"{(len(self.tokens) - 1) / self.timing.decode:.0f} tokens/s")
         if self.timing.ttft > 0:
@@ -123,6 +184,11 @@ class Completion:
     def _repr_markdown_(self) -> str:
         """Markdown view: the text in a fence longer than any run of backticks inside it."""
         return "\n\n".join(_fenced(output.text) for output in self.outputs)
+
+
+def _arguments(call: ToolCall) -> str:
+    text = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
+    return text if len(text) <= 120 else f"{text[:119]}…"
 
 
 def _fenced(text: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from embedllm.errors import InvalidRequest, UnknownOption
+from embedllm.structured_output import StructuredOutput
 
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 32
@@ -49,7 +50,7 @@ class SamplingParams:
     priority: lower runs first. deadline: seconds from submit, then the request fails.
     logits_processor(prompt_ids, output_ids, logits): trusted code, called each token with a 1-D float32 CPU tensor;
         returns the tensor to sample from.
-    structured: an output shape; not available yet.
+    structured: the shape of the answer, a StructuredOutput or a dict of its fields. EOS comes where the shape may end.
 
     Raises InvalidRequest for a value out of range, UnknownOption for a name that does not exist.
     """
@@ -80,7 +81,7 @@ class SamplingParams:
     priority: int = 0
     deadline: float | None = None
     logits_processor: LogitsProcessor | None = None
-    structured: Any = None
+    structured: StructuredOutput | Mapping[str, Any] | None = None
 
     def __new__(cls, **given: Any) -> SamplingParams:
         for name in given:
@@ -119,7 +120,11 @@ class SamplingParams:
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise InvalidRequest(f"logits_processor must be callable, got {self.logits_processor!r}")
         if self.structured is not None:
-            raise InvalidRequest("structured output is not available yet; leave structured=None")
+            object.__setattr__(self, "structured", StructuredOutput.of(self.structured))
+            if self.ignore_eos:
+                raise InvalidRequest(
+                    "ignore_eos and structured exclude each other: a shape that is complete ends by EOS"
+                )
 
     def _normalise(self) -> None:
         """Sequences become tuples, mappings become plain dicts: nothing the caller holds can change a live request."""

@@ -19,7 +19,7 @@ class Entry:
 
     `tokens` are the ids whose KV is computed now (UNKNOWN where the id is still on the device), the last `num_draft`
     of them guesses. Logits are wanted after the last `num_logits` tokens: 0 for a chunk that ends inside the known
-    tokens, else 1 + num_draft. `prompt_logprobs` asks for hidden states of every token.
+    tokens, else 1 + num_draft. `wants_hidden` asks for hidden states of every token.
     """
 
     sequence_id: int
@@ -30,7 +30,7 @@ class Entry:
     num_draft: int
     num_logits: int
     blocks: array[int]  # "i": block ids, one per block_size positions from position 0
-    prompt_logprobs: bool = False
+    wants_hidden: bool = False
 
     @property
     def num_tokens(self) -> int:

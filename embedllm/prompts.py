@@ -7,24 +7,44 @@ non-empty list of plain ints below the model's number of input ids.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from embedllm.errors import InvalidRequest
+from embedllm.outputs import Parser
 from embedllm.params import SamplingParams
+from embedllm.structured_output import StructuredOutput
 from embedllm.tokenizer import TokenizerProtocol
 
 if TYPE_CHECKING:
     from embedllm.chat import Chat
+    from embedllm.structured.backend import Vocabulary
 
 Message = dict[str, Any]
 Prompt = str | list[int] | list[Message]
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A prompt, and what it asks of its answer.
+
+    tokens: the prompt. structured: the shape of the answer. parser: makes one Parser per sample; None where the answer
+    is nothing but text. skip_special_tokens: False where the parser's markers are special tokens.
+    """
+
+    tokens: list[int]
+    structured: StructuredOutput | None = None
+    parser: Callable[[], Parser] | None = None
+    skip_special_tokens: bool = True
+
+
 class PromptEncoder:
     """Strings, token ids or chat messages to token ids, for one model."""
 
-    def __init__(self, codec: TokenizerProtocol | None, num_input_ids: int) -> None:
+    def __init__(self, codec: TokenizerProtocol | None, num_input_ids: int, model_type: str = "") -> None:
         self._codec = codec
+        self._model_type = model_type
         self._num_input_ids = num_input_ids
 
     @property
@@ -42,16 +62,30 @@ class PromptEncoder:
     def _chat(self) -> Chat:
         from embedllm.chat import Chat  # jinja2 loads when somebody chats
 
-        return Chat(self.text)
+        return Chat(self.text, model_type=self._model_type)
+
+    def vocabulary(self, width: int, eos_ids: tuple[int, ...]) -> Vocabulary:
+        """The tokens that shapes are made of, for logits of this width."""
+        from embedllm.structured.vocabulary import vocabulary_of
+
+        return vocabulary_of(self.text, width, eos_ids, self._chat.keep)
+
+    def prepare(self, prompt: Any, structured: StructuredOutput | None, chat: Mapping[str, Any]) -> Prepared:
+        """One prompt to token ids, with what follows for its answer. chat: keywords that only messages take."""
+        if isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], dict):
+            options = {"options" if name == "chat_template_kwargs" else name: value for name, value in chat.items()}
+            prepared = self._chat.prepare(list(prompt), structured=structured, **options)
+            self.check_ids(prepared.tokens)
+            return prepared
+        if chat:
+            raise InvalidRequest(f"{next(iter(chat))} needs chat messages as the prompt")
+        return Prepared(self.encode(prompt), structured)
 
     def encode(self, prompt: Any, tools: Any = None) -> list[int]:
         """One prompt to token ids."""
-        chat = isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], dict)
-        if tools is not None and not chat:
-            raise InvalidRequest("tools need chat messages as the prompt")
-        if chat:
-            tokens = self._chat.encode(list(prompt), tools)
-        elif isinstance(prompt, str):
+        if tools is not None or (isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], dict)):
+            return self.prepare(prompt, None, {"tools": tools} if tools is not None else {}).tokens
+        if isinstance(prompt, str):
             tokens = self.text.encode(prompt) if prompt else []
         elif isinstance(prompt, (list, tuple)):
             tokens = list(prompt)

@@ -18,6 +18,7 @@ from embedllm.outputs import TokenLogprobs
 from embedllm.plan_types import Entry, Plan
 from embedllm.runner import ModelOutput
 from embedllm.sampler import Sampler
+from embedllm.structured.follower import Follower
 
 
 @dataclass(slots=True)
@@ -46,6 +47,7 @@ class Readout:
         self._remember = runner.remember if ahead else None
         self._bound: list[tuple[int, int] | None] = [None] * limits.max_num_seqs  # row -> (sequence id, epoch)
         self._rows: dict[int, int] = {}  # sequence id -> the row it was last bound to
+        self._shaped: set[int] = set()  # ids of sequences whose output has a shape
 
     def read(self, plan: Plan, output: ModelOutput, samples: Mapping[int, Sample]) -> Reading:
         """Choose the next token of each entry that has reached its last known one. `samples` are by sequence id."""
@@ -95,28 +97,46 @@ class Readout:
                 reading.logprobs[entry.sequence_id] = logprobs
         for index, error in result.failures.items():
             reading.failures[entries[index].sequence_id] = error
+        for entry, chosen in zip(plan.entries, reading.tokens, strict=True):
+            if chosen and entry.sequence_id in self._shaped:
+                self._add_forced(entry, chosen, reading)
         return reading
+
+    def _add_forced(self, entry: Entry, chosen: list[int], reading: Reading) -> None:
+        """Tokens that a shape leaves no choice about need no step of their own, unless their log-probabilities do."""
+        bound = self._bound[entry.row] == (entry.sequence_id, entry.epoch)
+        if bound and entry.sequence_id not in reading.failures and entry.sequence_id not in reading.logprobs:
+            try:
+                chosen += self._sampler.after(entry.row, chosen[-1])
+            except Exception as error:
+                reading.failures[entry.sequence_id] = error
 
     def _bind(self, entry: Entry, sample: Sample) -> None:
         """Tell the sampler whose row it is, once per stay in the row."""
         if self._bound[entry.row] == (entry.sequence_id, entry.epoch):
             return
         request = sample.live.request
+        tokens, follower = sample.sequence.tokens, None
+        if request.shape is not None:
+            follower = Follower(*request.shape.compiled, tokens, len(request.prompt))
+            self._shaped.add(entry.sequence_id)
         self._sampler.bind(
             entry.row,
             request.params,
-            sample.sequence.tokens,
+            tokens,
             len(request.prompt),
             request.seed,
             sample.index,
             self._eos_ids,
             [list(word) for word in request.bad_words],
+            follower,
         )
         self._bound[entry.row] = (entry.sequence_id, entry.epoch)
         self._rows[entry.sequence_id] = entry.row
 
     def forget(self, sequence_id: int) -> None:
         """Hold nothing more of a sequence that has ended: its parameters may hold much of its caller's."""
+        self._shaped.discard(sequence_id)
         row = self._rows.pop(sequence_id, None)
         bound = self._bound[row] if row is not None else None
         if row is not None and bound is not None and bound[0] == sequence_id:
@@ -126,14 +146,16 @@ class Readout:
     def _read_prompts(self, plan: Plan, hidden: Any, samples: Mapping[int, Sample], reading: Reading) -> None:
         offset = 0
         for entry in plan.entries:
-            if entry.prompt_logprobs:
+            if entry.wants_hidden:
                 rows = hidden[offset : offset + entry.num_tokens]
                 offset += entry.num_tokens
                 sample = samples.get(entry.sequence_id)
                 if sample is None:  # it ended while the step was in flight
                     continue
                 try:
-                    self._read_prompt(entry, rows, sample)
+                    if sample.live.request.params.prompt_logprobs is not None:
+                        self._read_prompt(entry, rows, sample)
+                    sample.live.pool(entry.start, rows)
                 except Exception as error:
                     reading.failures.setdefault(entry.sequence_id, error)
 

@@ -6,10 +6,24 @@ threads. Invariant: after a request's `Ended` nothing more is said about it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
-from embedllm.outputs import FinishReason, Timing, TokenLogprobs, Usage
+from embedllm.outputs import FinishReason, Parser, Said, Timing, TokenLogprobs, Usage
 from embedllm.params import SamplingParams
+
+
+class CompiledShape(Protocol):
+    """The shape of an answer, on its way through a compiler. Once it is done, `compiled` is (grammar, vocabulary), see
+    `structured.backend`, or raises why there is none.
+    """
+
+    @property
+    def compiled(self) -> tuple[Any, Any]: ...
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Call this once: now, or on some thread once it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +38,9 @@ class Request:
     submitted: float
     bad_words: tuple[tuple[int, ...], ...] = ()  # as token ids
     is_chat: bool = False  # the prompt is a conversation
+    shape: CompiledShape | None = None  # of params.structured
+    pooling: Literal["mean", "last"] | None = None  # of the prompt's hidden states, for an embedding
+    parser: Callable[[], Parser] | None = None  # makes what tells the parts of a sample's text
 
 
 @dataclass(slots=True)
@@ -32,7 +49,7 @@ class Update:
 
     request_id: int
     index: int
-    text: str
+    said: Said
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
@@ -48,6 +65,7 @@ class Ended:
     timing: Timing
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: BaseException | None = None
+    embedding: Any = None  # float32 [hidden] on the model's device, where `pooling` was asked for
 
 
 @dataclass(slots=True)

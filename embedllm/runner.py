@@ -27,7 +27,7 @@ LOGIT_ROWS = 16  # of one slice of prompt logprobs: 16 rows of 151,936 logits ar
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
     """logits float32 [num_logits, vocabulary], the plan's logit positions in the plan's order; the caller may write to
-    them until the next step. hidden [rows, hidden]: every token of the entries with prompt_logprobs, in the plan's
+    them until the next step. hidden [rows, hidden]: every token of the entries that want them, in the plan's
     order, None if none.
     """
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from embedllm.choice import Choice, Sampled, entries_of
@@ -19,6 +21,7 @@ from embedllm.errors import RequestFailed
 from embedllm.ops import on_gpu
 from embedllm.outputs import Logprob, TokenLogprobs
 from embedllm.params import SamplingParams
+from embedllm.structured.follower import Follower
 from embedllm.transfer import Download, upload
 from embedllm_kernels import sampling as ops
 
@@ -48,7 +51,7 @@ class Sampler:
 
     def is_stepwise(self, params: SamplingParams) -> bool:
         """Whether each token depends on the ids before it by more than the logits: the host must know them first."""
-        if params.bad_words or params.logits_processor is not None:
+        if params.bad_words or params.logits_processor is not None or params.structured is not None:
             return True
         return penalties_of(params) is not None and not self._editor.counts_ahead
 
@@ -62,16 +65,18 @@ class Sampler:
         sample_index: int,
         eos_ids: Sequence[int] = (),
         encode_bad_words: Sequence[Sequence[int]] = (),
+        follower: Follower | None = None,
     ) -> None:
         """Give a row to a sequence, until it is bound again or released.
 
         params: resolved. tokens: the sequence's live list, prompt then output; it is read at every `sample`.
         seed: 0..2**63-1. eos_ids: not to be chosen before min_tokens, as params.stop_token_ids.
         encode_bad_words: params.bad_words as token ids; sequences that end in an id without a logit are ignored.
+        follower: of the same live list, where the output has a shape.
         Raises InvalidRequest for a token id that has no logit.
         """
         params.check_fits(self.vocab_size)
-        edit = Edit(params, tokens, num_prompt, eos_ids, encode_bad_words, self.vocab_size)
+        edit = Edit(params, tokens, num_prompt, eos_ids, encode_bad_words, self.vocab_size, follower)
         self._rows[row] = _Row(params, edit, seed, sample_index)
         self._editor.bind(row, edit)
         self._temperature[row] = params.temperature
@@ -83,6 +88,11 @@ class Sampler:
     def release(self, row: int) -> None:
         """Forget a row's sequence."""
         self._rows[row] = None
+
+    def after(self, row: int, token: int) -> list[int]:
+        """What must come after the token that was chosen for this row, whatever the model says; often nothing."""
+        follower = self._state(row).edit.follower
+        return [] if follower is None else follower.after(token)
 
     def sample(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int] | None = None) -> Sampled:
         """Choose the next token of each row, and wait for it. See `launch`."""
@@ -122,11 +132,17 @@ class Sampler:
             bound, edits = [rows[i] for i in edited], [states[i].edit for i in edited]
             editor = self._host if edits[0].needs_host else self._editor
             where = upload(torch.tensor(edited), logits.device)
-            work = logits[where]
-            editor.apply(work, bound, edits, [at[i] for i in edited])
+            work = logits.clone() if len(edited) == len(logits) else logits[where]
+            masks: list[NDArray[np.int32] | None] = [None] * len(edits)
             for place, i in enumerate(edited):
                 try:
-                    edits[place].process(work[place])
+                    masks[place] = edits[place].mask()
+                except Exception as error:
+                    choice.failures[i] = error
+            editor.apply(work, bound, edits, [at[i] for i in edited], masks)
+            for place, i in enumerate(edited):
+                try:
+                    edits[place].process(work[place], masks[place])
                 except RequestFailed as error:
                     choice.failures[i] = error
             ids, best = ops.argmax_rows(work)

@@ -212,7 +212,7 @@ class Scheduler:
                 return None  # whoever is not the first in order may be preempted, and that one must not be again
         blocks: list[int] = []
         node: Node = sequence.salt
-        if self.limits.prefix_caching and (sequence.num_output or not sequence.prompt_logprobs):
+        if self.limits.prefix_caching and (sequence.num_output or not sequence.wants_hidden):
             blocks, node = pool.find(sequence.tokens[:-1], sequence.salt)  # the last one's logits are needed
         needed = self.limits.blocks_for(len(sequence.tokens)) - len(blocks) + pool.num_idle(blocks)
         headroom = len(self.running) << min(sequence.num_preemptions, MAX_PREEMPTIONS)
@@ -298,6 +298,8 @@ class Scheduler:
     def commit(self, plan: Plan, sampled: list[list[int]]) -> list[Progress]:
         """Take the results of a plan: `sampled[i]` has 0 tokens for a chunk, else 1 + accepted drafts.
 
+        An entry without a draft may have more: tokens that must follow, whose KV is computed in steps to come.
+
         Entries of sequences that were preempted or ended meanwhile are dropped. Full blocks become findable here and
         nowhere else.
         """
@@ -307,7 +309,8 @@ class Scheduler:
             if sequence is None:
                 continue
             num_known = len(entry.tokens) - entry.num_draft
-            sequence.num_computed = entry.start + num_known + max(0, len(tokens) - 1)
+            num_accepted = len(tokens) - 1 if entry.num_draft and tokens else 0
+            sequence.num_computed = entry.start + num_known + num_accepted
             if sequence.copy is not None:
                 self.pool.release(sequence.copy[:1])
                 sequence.copy = None

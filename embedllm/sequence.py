@@ -40,7 +40,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     priority: int = 0
     salt: str | None = None
-    prompt_logprobs: bool = False
+    wants_hidden: bool = False
     is_stepwise: bool = False  # its next token depends on the ids before it: never planned ahead of them
     forks: list[Sequence] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)  # guesses to verify in its next step
@@ -104,7 +104,7 @@ class Sequence:
             num_draft=num_draft,
             num_logits=1 + num_draft if end >= num_known else 0,
             blocks=self.blocks[:],
-            prompt_logprobs=self.prompt_logprobs and start < self.num_prompt and self.num_output == 0,
+            wants_hidden=self.wants_hidden and start < self.num_prompt and self.num_output == 0,
         )
 
     def append(self, tokens: list[int]) -> list[int]:

@@ -163,7 +163,7 @@ class Runner(ABC):
             read = self.memory.read(self.slots, entry.blocks, end)
             first = end + 1 - entry.num_logits
             wanted = [self._logits(read[:n], entry.sequence_id) for n in range(first, end + 1)]
-            if entry.prompt_logprobs:
+            if entry.wants_hidden:
                 hidden += [self._logits(read[:n], None) for n in range(entry.start + 1, first)] + wanted
             if wanted:
                 rows += wanted
@@ -351,6 +351,10 @@ class ByteTokenizer(TokenizerProtocol):
             return list(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text is not valid Unicode at character {error.start}") from error
+
+    def token_bytes(self, i: int) -> bytes:
+        """The byte of an id; a special token's name."""
+        return bytes((i,)) if i < 256 else next(name.encode() for name, id in self.control_tokens.items() if id == i)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""

@@ -44,6 +44,11 @@ class TokenizerProtocol(Protocol):
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def token_bytes(self, i: int) -> bytes:
+        """The UTF-8 that an id adds within a text; b"" if that cannot be told from what `decode` gives."""
+        text = self.decode([i], skip_special_tokens=False)
+        return b"" if "\ufffd" in text else text.encode()
+
     def encode_pieces(self, pieces: Sequence[str | int]) -> list[int]:
         """Ids of a text that comes in pieces: control tokens as ids, and texts in which nothing is a control token."""
         return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else self.encode(piece, False))]
@@ -85,6 +90,7 @@ class Tokenizer(TokenizerProtocol):
         control = {*self.special_ids, *self.eos_ids, *control_ids} | ({self.bos_id} - {None})
         self.control_tokens = {token.content: i for i, token in sorted(added.items()) if i in control and token.content}
         self._byte_of = _byte_fallback(backend)
+        self._alphabet = _byte_alphabet() if "ByteLevel" in repr(backend.decoder) else {}
 
     @classmethod
     def from_folder(cls, path: str | Path, max_bytes: int = DEFAULT_MAX_BYTES) -> Tokenizer | None:
@@ -156,6 +162,21 @@ class Tokenizer(TokenizerProtocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD, unknown ids are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that an id adds within a text, also where they are only a part of a character."""
+        token = self._backend.id_to_token(i)
+        if token is None:
+            return b""
+        if i in self._byte_of:
+            return bytes((self._byte_of[i],))
+        if self._alphabet:
+            spelled = token.translate(self._alphabet)
+            # A token with a character outside the alphabet (an added one) stands for its own text.
+            return spelled.encode("latin-1") if all(ord(c) in self._alphabet for c in token) else token.encode()
+        decoder = self._backend.decoder
+        # Behind another token: what a decoder does to the start of a text is not done here.
+        return (decoder.decode(["a", token])[1:] if decoder else token).encode()
 
     def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A fresh incremental decoder; one thread at a time may use it."""
@@ -280,6 +301,13 @@ def _byte_fallback(backend: tokenizers.Tokenizer) -> dict[int, int]:
         return {}
     ids = ((backend.token_to_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
     return {i: byte for i, byte in ids if i is not None}
+
+
+def _byte_alphabet() -> dict[int, int]:
+    """{character: byte} of byte-level vocabularies: GPT-2's alphabet, in which bytes without a shape follow U+0100."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: byte for byte in shown} | {0x100 + n: byte for n, byte in enumerate(hidden)}
 
 
 def _without_control_tokens(backend: tokenizers.Tokenizer, control: Mapping[str, int]) -> tokenizers.Tokenizer:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from embedllm.channel import SLICE, Channel, fire
+from embedllm.channel import SLICE, Channel
 from embedllm.engine import Engine
 from embedllm.errors import (
     EngineClosed,
@@ -27,12 +27,11 @@ from embedllm.errors import (
     EngineReentered,
     QueueFull,
     RequestCancelled,
-    RequestFailed,
 )
 from embedllm.faults import StepStopped, let_go
-from embedllm.outputs import Timing, Usage
+from embedllm.outbox import Outbox, refuse
 from embedllm.process import Haste
-from embedllm.request import Ended, Request, StepOutput
+from embedllm.request import Request
 from embedllm.watchdog import Watchdog
 
 READER_PATIENCE = 30.0  # seconds a foreground request may go unread before it gives its blocks back
@@ -49,7 +48,8 @@ class Worker:
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine
         self._mailbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._channels: dict[int, Channel] = {}
+        self._channels = Outbox()
+        self._shaping: set[int] = set()  # requests whose shape is still being compiled: not in the engine yet
         self._ids = itertools.count(1)
         self._error: Exception | None = None  # why no more requests are taken
         self._pid = os.getpid()
@@ -123,30 +123,39 @@ class Worker:
         if len(self._channels) + self._mailbox.qsize() >= limits.max_queued + limits.max_num_seqs:
             raise QueueFull(f"{limits.max_queued} requests wait already, which is the limit: wait for some to finish")
 
-        def take() -> None:
+        def enter() -> None:
             if self._error is not None:
-                self._refuse(channel)
+                refuse(channel, self._error)
             elif channel.is_abandoned:
-                self._refuse(channel, RequestCancelled(f"request {request.id} was cancelled before it was taken"))
+                refuse(channel, _never_taken(request.id))
             else:
                 self._channels[request.id] = channel
+                self._shaping.add(request.id)
+                if request.shape is None:
+                    take()
+
+        def take() -> None:
+            if request.id in self._shaping:
+                self._shaping.remove(request.id)
                 self._engine.submit(request)
 
-        self._post(take)
+        self._post(enter)
+        if request.shape is not None:
+            request.shape.when_done(lambda: self._post(take))
 
     def cancel(self, request_id: int) -> None:
         """End a request. Safe from finalizers: it neither blocks nor raises."""
         if os.getpid() == self._pid:
             self._engine.cancel_asked.add(request_id)
-            self._post(lambda: self._engine.cancel(request_id) if self._error is None else None)
+            self._post(lambda: self._cancel(request_id))
 
     def cancel_all(self, which: Callable[[Channel], bool]) -> None:
         """End every request submitted so far whose channel `which` picks."""
 
         def cancel() -> None:
             for request_id, channel in list(self._channels.items()):
-                if which(channel) and self._error is None:
-                    self._engine.cancel(request_id)
+                if which(channel):
+                    self._cancel(request_id)
 
         self._post(cancel)
 
@@ -159,7 +168,7 @@ class Worker:
         self.note_reader(channel)
         self._look_for_life()
         if self._gone and self._error is not None and channel.ended is None:
-            self._refuse(channel)
+            refuse(channel, self._error)
 
     def note_reader(self, channel: Channel) -> None:
         """Somebody looks at the request: it is not unread, and if it was set aside it goes on. Never raises."""
@@ -234,8 +243,7 @@ class Worker:
         if stuck is not None:
             self._error = self._error or EngineDead(f"the engine made no progress for {stuck:.0f} s")
             self._gone = True
-            for channel in list(self._channels.values()):
-                self._refuse(channel)
+            self._channels.refuse_all(self._error)
             self._read_mailbox()
 
     def _post(self, message: Callable[[], None]) -> None:
@@ -260,10 +268,6 @@ class Worker:
             except Exception as error:
                 if not self._gone:
                     self._engine.start_over(error)
-
-    def _refuse(self, channel: Channel, error: Exception | None = None) -> None:
-        channel.end(Ended(channel.request_id, Usage(), Timing(), None, error or self._error))
-        fire(channel.take_waiters())
 
     # ---- the engine's thread ----------------------------------------------------------------------------------
 
@@ -310,7 +314,7 @@ class Worker:
             return
         if self._error is not None:  # given up by whoever waited for this step
             raise self._error
-        self._deliver(output)
+        self._channels.deliver(output, self._engine.cancel)
         if time.monotonic() >= self._next_sweep:
             self._sweep()
 
@@ -329,39 +333,18 @@ class Worker:
         if deadline is not None and time.monotonic() >= deadline:
             self._step()  # the engine ends what has expired
 
-    def _deliver(self, output: StepOutput) -> None:
-        """Write everything down, then wake each reader once."""
-        touched: dict[int, Channel] = {}
-        for update in output.updates:
-            channel = self._channels.get(update.request_id)
-            if channel is not None:
-                try:
-                    channel.push(update)
-                except Exception as error:
-                    self._lose(channel, error)
-                touched[update.request_id] = channel
-        for ended in output.ended:
-            channel = self._channels.pop(ended.request_id, None)
-            if channel is not None:
-                channel.end(ended)
-                touched[ended.request_id] = channel
-        waiters = [waiter for channel in touched.values() for waiter in channel.take_waiters()]
-        if waiters:
-            fire(waiters)
-
-    def _lose(self, channel: Channel, error: Exception) -> None:
-        """What a request says cannot be written down: it ends here."""
-        failed = RequestFailed(f"request {channel.request_id} failed: {error!r}")
-        failed.__cause__ = let_go(error)
-        del self._channels[channel.request_id]
-        channel.end(Ended(channel.request_id, Usage(), Timing(), None, failed))
-        self._engine.cancel(channel.request_id)
-
     def _resume(self, channel: Channel) -> None:
         """Somebody reads a parked request again."""
         channel.parked = False
         if self._error is None:
             self._engine.resume(channel.request_id)
+
+    def _cancel(self, request_id: int) -> None:
+        if request_id in self._shaping:
+            self._shaping.remove(request_id)
+            refuse(self._channels.pop(request_id), _never_taken(request_id))
+        if self._error is None:
+            self._engine.cancel(request_id)
 
     def _sweep(self) -> None:
         """Park foreground requests nobody reads for a while; end those nobody can read, whose cancel got lost."""
@@ -369,7 +352,7 @@ class Worker:
         self._next_sweep = now + SWEEP_SECONDS
         for request_id, channel in list(self._channels.items()):
             if channel.is_abandoned:
-                self._engine.cancel(request_id)
+                self._cancel(request_id)
             elif channel.foreground and not channel.parked and now - channel.last_read > READER_PATIENCE:
                 channel.parked = True
                 self._engine.park(request_id)
@@ -378,16 +361,20 @@ class Worker:
         """Take no more requests, end those there are with this error, give the memory back. Never raises."""
         self._error = self._error or error
         try:
-            self._deliver(self._engine.end_all(self._error))
+            self._channels.deliver(self._engine.end_all(self._error), self._engine.cancel)
         except Exception:
             log.error("ending requests failed", exc_info=True)
-        for channel in list(self._channels.values()):
-            self._refuse(channel)
+        self._channels.refuse_all(self._error)
         self._channels.clear()
+        self._shaping.clear()
         try:
             self._engine.close()
         except Exception:
             log.error("giving memory back failed", exc_info=True)
+
+
+def _never_taken(request_id: int) -> RequestCancelled:
+    return RequestCancelled(f"request {request_id} was cancelled before it was taken")
 
 
 def _run_held(held: list[Worker]) -> None:

@@ -29,9 +29,22 @@ if importlib.util.find_spec("hypothesis"):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    # A GPU machine may lack pytest-timeout; strict configuration would refuse the setting.
-    if not importlib.util.find_spec("pytest_timeout"):
-        parser.addini("timeout", "ignored: pytest-timeout is not installed")
+    # A GPU machine may lack these plugins; strict configuration would refuse their settings.
+    settings_of = {
+        "pytest_timeout": ("timeout",),
+        "pytest_asyncio": ("asyncio_mode", "asyncio_default_fixture_loop_scope"),
+    }
+    for plugin, names in settings_of.items():
+        if not importlib.util.find_spec(plugin):
+            for name in names:
+                parser.addini(name, f"ignored: {plugin} is not installed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # What a foreign suite measures with pytest-benchmark runs once, as a test, and prints no table.
+    if hasattr(config.option, "benchmark_disable"):
+        config.option.benchmark_disable = True
 
 
 def equality_counts(config: pytest.Config) -> tuple[int, int]:

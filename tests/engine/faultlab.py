@@ -137,7 +137,7 @@ class Lab:
             told = self.told[update.request_id]
             assert told.ended is None, "it speaks after its end"
             told.tokens[update.index] += update.tokens
-            told.texts[update.index] += update.text
+            told.texts[update.index] += update.said.text
         for ended in output.ended:
             told = self.told[ended.request_id]
             assert told.ended is None, "it ended twice"

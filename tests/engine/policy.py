@@ -119,6 +119,7 @@ class World:
         salt: str | None = None,
         stop_ids: tuple[int, ...] = (),
         prompt_logprobs: bool = False,
+        forced: bool = False,
     ) -> list[Job]:
         """Ask for n samples; refused, with nothing changed, exactly if one could not run alone."""
         limits, pinned = self.limits, self.scheduler.num_pinned
@@ -142,6 +143,7 @@ class World:
                 priority,
                 salt,
                 prompt_logprobs and not flavour,
+                is_stepwise=forced,
             )
             expected = self.models[flavour].expected(prompt, max_tokens, stop_ids=stop_ids)
             new.append(Job(sequence, prompt, expected, flavour))
@@ -272,6 +274,10 @@ class World:
             sequence = self.scheduler.sequences.get(entry.sequence_id)
             if sequence is None or sequence.epoch != entry.epoch:
                 self.counts["stale"] += 1
+            elif sequence.is_stepwise and tokens and not entry.num_draft:
+                job = self.jobs[sequence.id]  # as where a shape leaves no choice: nothing computed what follows
+                tokens += job.expected[sequence.num_output + 1 :][: self.random.randrange(4)]
+                self.counts["forced"] += len(tokens) - 1
             elif entry.num_draft:
                 accepted = len(tokens) - 1
                 share = "all" if accepted == entry.num_draft else "some" if accepted else "none"
@@ -388,6 +394,7 @@ def random_add(world: World, r: random.Random) -> None:
         salt=r.choice([None, None, "a"]),
         stop_ids=r.choice([(), (), (5, 6, 7, 8)]),
         prompt_logprobs=r.random() < 0.1,
+        forced=r.random() < 0.2,
     )
 
 

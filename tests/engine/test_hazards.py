@@ -24,7 +24,7 @@ import torch
 import embedllm
 from embedllm import SamplingParams
 from embedllm.errors import EmbedLLMError, EngineDead, InvalidRequest, ModelFormatError, RequestFailed, UnknownOption
-from embedllm.testing import ByteTokenizer, HashLM
+from embedllm.testing import ByteTokenizer, HashLM, ScriptedModel
 from tests.engine.faultlab import Lab
 from tests.engine.hooked import Hooked, assert_idle, engine_of, opened, prompt_of, right
 from tests.engine.memory_cycles import write_llama
@@ -188,14 +188,24 @@ def test_every_number_in_every_field() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["best_of", "use_beam_search", "guided_json", "chat_template", "chat_template_kwargs", "add_generation_prompt",
-     "prompt_embeds", "images", "echo"],
+    ["best_of", "use_beam_search", "guided_json", "chat_template", "add_generation_prompt", "prompt_embeds", "images",
+     "echo"],
 )  # fmt: skip
 def test_options_that_are_not_offered(option: str) -> None:
     with opened() as llm:
         for call in (llm.generate, llm.submit, llm.stream):
             with pytest.raises(UnknownOption, match=option):
                 call(prompt_of(1), **{option: 10**6})
+
+
+@pytest.mark.parametrize("value", [10**6, "x", [], {"messages": []}, {"nosuch": 1}, {"tools": None}])
+def test_template_options_cannot_be_anything(value: Any) -> None:
+    model = ScriptedModel(["a"])
+    with embedllm.LLM(model, tokenizer=model.tokenizer) as llm:
+        with pytest.raises(InvalidRequest):
+            llm.chat([{"role": "user", "content": "x"}], chat_template_kwargs=value)
+        with pytest.raises(InvalidRequest, match="chat messages"):
+            llm.generate("x", chat_template_kwargs=value)
 
 
 def test_one_token_with_everything_asked() -> None:

@@ -464,7 +464,7 @@ def test_a_step_that_hangs_is_noticed(
     llm.close()
 
 
-@pytest.mark.parametrize("place", ["_sweep", "_deliver", "_read_mailbox", "_step"])
+@pytest.mark.parametrize("place", ["_sweep", "deliver", "_read_mailbox", "_step"])
 def test_a_fault_outside_of_a_step_kills_nobody_silently(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever ends the thread, everybody who waits hears of it within a second, with the first cause."""
     monkeypatch.setattr(worker, "SWEEP_SECONDS", 0.01)
@@ -475,7 +475,8 @@ def test_a_fault_outside_of_a_step_kills_nobody_silently(place: str, monkeypatch
     its = llm._core.worker if llm._core else None
     assert its is not None
 
-    original, struck = getattr(its, place), []
+    owner: Any = its._channels if place == "deliver" else its
+    original, struck = getattr(owner, place), []
 
     def broken(*args: Any) -> None:
         if not struck:
@@ -483,7 +484,7 @@ def test_a_fault_outside_of_a_step_kills_nobody_silently(place: str, monkeypatch
             raise ZeroDivisionError(place)
         original(*args)
 
-    monkeypatch.setattr(its, place, broken)
+    monkeypatch.setattr(owner, place, broken)
     check_dead(llm, threads, heard, 1.0 + 0.5)
     assert all(isinstance(error.__cause__, ZeroDivisionError) for error in heard.values() if error)
     until(lambda: not its._thread.is_alive())

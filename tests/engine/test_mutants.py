@@ -44,10 +44,9 @@ class Mutant:
 
 MUTANTS = [
     # What is computed.
-    Mutant("the sampled token counts as computed", Scheduler.commit, "max(0, len(tokens) - 1)", "len(tokens)"),
-    Mutant(
-        "rejected drafts stay computed", Scheduler.commit, "num_known + max(0, len(tokens) - 1)", "entry.num_tokens"
-    ),
+    Mutant("the sampled token counts as computed", Scheduler.commit, "+ num_accepted", "+ len(tokens)"),
+    Mutant("rejected drafts stay computed", Scheduler.commit, "num_known + num_accepted", "entry.num_tokens"),
+    Mutant("forced tokens count as computed", Scheduler.commit, "if entry.num_draft and tokens", "if tokens"),
     Mutant("rejected drafts keep their blocks", Scheduler.commit, "if entry.num_draft:", "if False:"),
     Mutant("positions are shifted", Sequence.entry, "start=start,", "start=start + 1,"),
     Mutant("a chunk ends one token early", Sequence.entry, "end = start + num_tokens", "end = start + num_tokens - 1"),

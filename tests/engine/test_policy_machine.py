@@ -23,7 +23,7 @@ MOSTLY = st.sampled_from([True, True, True, False])
 INDEX = st.integers(0, 15)  # which of the jobs, rows or pins there are
 
 HAPPENS = ["preempt for memory", "evict for memory", "hit", "chunk", "fork", "copy", "stale", "rollback"]
-HAPPENS += ["accepted all", "accepted some", "accepted none", "park", "pin", "fail", "refused", "resize"]
+HAPPENS += ["accepted all", "accepted some", "accepted none", "park", "pin", "fail", "forced", "refused", "resize"]
 HAPPENS += [f"abort {state}" for state in ("unborn", "waiting", "running", "parked", "finished")]
 
 
@@ -83,6 +83,7 @@ class PolicyMachine(RuleBasedStateMachine):
         salt=st.sampled_from([None, "a"]),
         stop_ids=st.sampled_from([(), (5, 6, 7, 8)]),
         prompt_logprobs=st.booleans(),
+        forced=st.booleans(),
     )
     def add(self, num_shared: int, tail: int, max_tokens: int, **options: object) -> None:
         self.world.add(prompt(num_shared, tail), max_tokens, **options)

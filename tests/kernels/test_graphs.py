@@ -105,7 +105,7 @@ def test_what_is_no_uniform_decode_runs_as_it_comes() -> None:
     runner(Plan(9, [part(0, 8, [1], TABLES[0]), part(1, 3, [1, 2], TABLES[1])]))  # a chunk beside
     runner(Plan(9, [part(0, 8, [1], TABLES[0], logits=0)]))  # nobody wants its logits
     asks = part(0, 8, [1], TABLES[0])
-    asks.prompt_logprobs = True
+    asks.wants_hidden = True
     runner(Plan(9, [asks]))
     assert capture.num_replayed == replayed
 

@@ -70,7 +70,7 @@ def test_wanted_rows_are_in_the_plans_order(number: int, test_seed: int) -> None
     for entry in plan.entries:
         start, end = starts[id(entry)], starts[id(entry)] + len(entry.tokens)
         logits += range(end - entry.num_logits, end)
-        hidden += range(start, end) if entry.prompt_logprobs else ()
+        hidden += range(start, end) if entry.wants_hidden else ()
     assert batch.logit_rows.tolist() == logits
     assert ([] if batch.hidden_rows is None else batch.hidden_rows.tolist()) == hidden
 

@@ -150,7 +150,7 @@ def test_prompt_logprobs_get_hidden_states_and_logits_in_slices() -> None:
     decoder = make()
     long, short = prompt(1, 2 * LOGIT_ROWS + 3), prompt(2, 4)
     runner = running(decoder)
-    plan = Plan(0, [entry(long, list(range(9)), prompt_logprobs=True), entry(short, [20])])
+    plan = Plan(0, [entry(long, list(range(9)), wants_hidden=True), entry(short, [20])])
     hidden = runner(plan).hidden
     assert hidden is not None
     assert hidden.shape == (len(long), 32)

@@ -273,7 +273,7 @@ def test_prompt_logprobs_compute_the_whole_prompt() -> None:
     s = scheduler()
     prompt = list(range(16))
     ask(s, 0, prompt)
-    assert ask(s, 1, prompt, prompt_logprobs=True).num_cached == 0
+    assert ask(s, 1, prompt, wants_hidden=True).num_cached == 0
 
 
 def test_output_is_found_again_as_the_next_turn_of_a_chat() -> None:

@@ -72,14 +72,14 @@ def test_nothing_is_pending_for_the_last_token() -> None:
     assert s.num_pending == 0  # the second is the last, whatever it is
 
 
-def test_prompt_logprobs_are_asked_once() -> None:
-    s = sequence(prompt_logprobs=True)
-    assert s.entry(3).prompt_logprobs
+def test_wants_hidden_are_asked_once() -> None:
+    s = sequence(wants_hidden=True)
+    assert s.entry(3).wants_hidden
     s.num_computed = 3
-    assert s.entry(2).prompt_logprobs
+    assert s.entry(2).wants_hidden
     s.append([1])
     s.forget()
-    assert not s.entry(6).prompt_logprobs  # a recomputation after the first token repeats nothing
+    assert not s.entry(6).wants_hidden  # a recomputation after the first token repeats nothing
 
 
 @pytest.mark.parametrize(

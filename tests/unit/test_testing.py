@@ -120,7 +120,7 @@ def test_expected_ends_as_asked() -> None:
 
 def test_logits_say_the_same_as_samples(model: HashLM, runner: HashRunner) -> None:
     first = entry(PROMPT)
-    first.prompt_logprobs = True
+    first.wants_hidden = True
     output = runner(Plan(0, [entry(PROMPT[:4], blocks=(1,)), first]))
     assert output.logits.shape == (2, 97) and output.hidden is not None and output.hidden.shape == (10, 97)
     assert output.logits.argmax(1).tolist() == model.expected(PROMPT[:4], 1) + model.expected(PROMPT, 1)
