@@ -8,7 +8,7 @@ Invariant: the chunks of an answer, summed, equal the message that it would be w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
@@ -22,16 +22,16 @@ PROVIDER = "embedllm"
 Count = Callable[[str], int]  # tokens of a text
 
 
-def chunks(delta: Delta, num_calls: int) -> Iterator[ChatGenerationChunk]:
+def chunks(delta: Delta, num_calls: int) -> list[ChatGenerationChunk]:
     """What is new, in pieces. num_calls: how many tool calls came before."""
+    found = [AIMessageChunk(content=delta.text)] if delta.text else []
     if delta.reasoning:
-        yield _chunk("", additional_kwargs={"reasoning_content": delta.reasoning})
-    if delta.text:
-        yield _chunk(delta.text)
+        found.insert(0, AIMessageChunk(content="", additional_kwargs={"reasoning_content": delta.reasoning}))
     for index, call in enumerate(delta.tool_calls, num_calls):
         arguments = json.dumps(call.arguments, ensure_ascii=False)
         piece = tool_call_chunk(name=call.name, args=arguments, id=call.id, index=index)
-        yield _chunk("", tool_call_chunks=[piece])
+        found.append(AIMessageChunk(content="", tool_call_chunks=[piece]))
+    return [ChatGenerationChunk(message=message) for message in found]
 
 
 def last_chunk(completion: Completion, model_name: str, count: Count) -> ChatGenerationChunk:
@@ -76,7 +76,3 @@ def info(completion: Completion, output: Completion, model_name: str) -> dict[st
     if output.logprobs is not None:
         found["logprobs"] = output.logprobs
     return {**found, "timing": times}
-
-
-def _chunk(content: str, **rest: Any) -> ChatGenerationChunk:
-    return ChatGenerationChunk(message=AIMessageChunk(content=content, **rest))
