@@ -17,6 +17,7 @@ from embedllm.structured.automaton import CONSUMED, REFUSED, Parts
 from embedllm.structured.backend import Shape, Vocabulary
 from embedllm.structured.normal import normal_form
 from embedllm.structured.trie import Level, trie
+from embedllm.structured.vocabulary import whole_text
 
 MAX_FORCED = 4_096  # bytes looked ahead
 MAX_POSITIONS = 20_000  # remembered per grammar
@@ -243,7 +244,7 @@ class BuiltinState:
         while len(forced) < MAX_FORCED and (byte := self._grammar.only_byte(position)) is not None:
             forced.append(byte)
             position = self._grammar.after(position, byte)
-        return forced.decode(errors="ignore")
+        return whole_text(bytes(forced))
 
     @property
     def can_end(self) -> bool:

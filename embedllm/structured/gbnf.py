@@ -53,7 +53,7 @@ class _Text:
             return f"({' | '.join(map(self._node, node.options))})"
         if isinstance(node, Repeat):
             if not _is_counted(node):
-                return self._node(node.item) + ("?" if node.most else "+" if node.least else "*")
+                return f"({self._node(node.item)})" + ("?" if node.most else "+" if node.least else "*")
             item = self._item(node.item)
             if node.most is not None:
                 return self._counted(item, node.least, node.most)

@@ -18,59 +18,104 @@ from embedllm.structured.normal import normal_form
 def lark(rules: Rules) -> str:
     """The text of well-formed rules. Raises InvalidRequest if they are nested too deeply."""
     try:
-        if is_recursive(rules):
-            written = _Characters(normal_form(rules))
-            return f"start: {written.name('root')}\n{written.text}"
-        lexeme = _Lexeme(rules)
-        return f"start: {lexeme.name('root')}\n{lexeme.text}"
+        written = _Lexeme(rules) if _order(rules) else _Characters(normal_form(rules))
     except RecursionError:
         raise InvalidRequest("the shape is nested too deeply to be compiled; name parts of it ($ref, rules)") from None
+    # Without forcing: else where a text must come only its first token may, in the spelling that the tokenizer gives.
+    return f"%llguidance {{\"no_forcing\": true}}\nstart: {written.root}\n{''.join(written.lines)}"
 
 
-def is_recursive(rules: Rules) -> bool:
-    """Whether a rule uses itself, in however many steps."""
+def depth(rules: Rules) -> int:
+    """Levels of nodes in nodes, through the rules that they name; in recursive rules on one long way down."""
+    order = _order(rules)
+    found: dict[str, int] = {}
+    if not order:
+        rules = normal_form(rules)
+        order = _way_down(rules)
+    for name in order:
+        found[name] = _levels(rules[name], found)
+    return max(found.values())
+
+
+def _order(rules: Rules) -> list[str]:
+    """The rules, each after those that it uses; [] if one uses itself, in however many steps."""
     try:
-        TopologicalSorter({name: _uses(node) for name, node in rules.items()}).prepare()
+        return list(TopologicalSorter({name: _uses(node) for name, node in rules.items()}).static_order())
     except CycleError:
-        return True
-    return False
+        return []
+
+
+def _way_down(rules: Rules) -> list[str]:
+    """The rules in the order in which a walk from the root, one branch after the other, leaves them."""
+    left: list[str] = []
+    seen = {"root"}
+    path = [("root", iter(sorted(_uses(rules["root"]))))]
+    while path:
+        name, following = path[-1]
+        new = next((used for used in following if used not in seen), None)
+        if new is None:
+            left.append(name)
+            path.pop()
+        else:
+            seen.add(new)
+            path.append((new, iter(sorted(_uses(rules[new])))))
+    return left
 
 
 def _uses(node: Node) -> set[str]:
-    return {node.name} if isinstance(node, Ref) else set().union(*map(_uses, parts_of(node)))
+    return {node.name} if isinstance(node, Ref) else set[str]().union(*map(_uses, parts_of(node)))
+
+
+def _levels(node: Node, found: dict[str, int]) -> int:
+    if isinstance(node, Ref):
+        return found.get(node.name, 0) + 1
+    return 1 + max([_levels(part, found) for part in parts_of(node)], default=0)
 
 
 class _Text:
-    """Rules as definitions whose names begin with `letter`: Lark tells lexemes (T0) from rules (r0) by their case."""
+    """Rules as definitions whose names begin with `letter`: Lark tells lexemes (T0) from rules (r0) by their case.
+
+    Every node that holds others is a definition of its own, as llguidance takes few brackets inside brackets.
+    """
 
     letter = ""
 
     def __init__(self, rules: Rules) -> None:
-        self._names: dict[str, str] = {}
+        self.lines: list[str] = []
+        self._names: dict[Node, str] = {}
         for name in rules:
-            self.name(name)
-        self.text = "".join([f"{self.name(name)}: {self.node(node)}\n" for name, node in rules.items()])
-
-    def name(self, rule: str) -> str:
-        return self._names.setdefault(rule, f"{self.letter}{len(self._names)}")
+            self._names[Ref(name)] = f"{self.letter}{len(self._names)}"
+        for name, node in rules.items():
+            self.lines.append(f"{self._names[Ref(name)]}: {self.written(node)}\n")
+        self.root = self._names[Ref("root")]
 
     def node(self, node: Node) -> str:
+        """What stands for a node inside another."""
+        if isinstance(node, (Literal, Chars)):
+            return self.written(node)
+        if node not in self._names:
+            definition = self.written(node)
+            self._names[node] = f"{self.letter}{len(self._names)}"
+            self.lines.append(f"{self._names[node]}: {definition}\n")
+        return self._names[node]
+
+    def written(self, node: Node) -> str:
         if isinstance(node, Chars):
             return f"/{characters(node)}/"
-        if isinstance(node, Seq):
-            return f"({' '.join([self.node(item) for item in node.items])})" if node.items else '""'
-        if isinstance(node, Alt):
-            return f"({' | '.join([self.node(option) for option in node.options])})"
-        if isinstance(node, Repeat):
-            item = self.node(node.item)
-            if node.most is None:
-                return f"({item}{{{node.least}}} {item}*)" if node.least else f"{item}*"
-            return f"{item}{{{node.least},{node.most}}}"
-        if isinstance(node, Ref):
-            return self.name(node.name)
         if isinstance(node, Literal):
             return self.literal(node.text)
-        return self.dispatch(node)
+        if isinstance(node, Seq):
+            return " ".join([self.node(item) for item in node.items]) or '""'
+        if isinstance(node, Alt):
+            return " | ".join([self.node(option) for option in node.options])
+        if isinstance(node, Repeat):
+            item = self.node(node.item)
+            if node.most == 0:
+                return '""'
+            if node.most is None:
+                return f"{item}{{{node.least}}} {item}*" if node.least else f"{item}*"
+            return f"{item}{{{node.least},{node.most}}}"
+        return self.dispatch(node) if isinstance(node, Dispatch) else self.node(node)
 
     def literal(self, text: str) -> str:
         raise NotImplementedError
@@ -103,9 +148,9 @@ class _Lexeme(_Text):
             for text, (_, then) in zip(spelled, node.options, strict=True)
             if then != NOTHING
         ]
-        one = f"({' | '.join(parts)})" if parts else ""
-        if not one:
+        if not parts:
             return free
+        one = f"({' | '.join(parts)})"
         if node.again:
             return f"({one}{'*' if node.may_end else '+'} {free})"
         return f"({free} | {one})" if node.may_end else one

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from embedllm.errors import InvalidRequest, MissingDependency, RequestFailed
 from embedllm.structured.backend import Shape, Vocabulary
-from embedllm.structured.lark import lark
-from embedllm.structured.sources import check_source, readable
+from embedllm.structured.lark import depth, lark
+from embedllm.structured.sources import check_source, check_start, readable
+from embedllm.structured.vocabulary import whole_text
 
 # Lexemes of one character, which recursive shapes need, take more items and more fuel than its defaults give.
+MAX_DEPTH = 500  # levels of nodes; some thousands overflow its stack
 MAX_ITEMS = 2_000_000  # per step
 MAX_STEP_FUEL, MAX_INITIAL_FUEL = 4_000_000, 20_000_000
 
@@ -49,9 +51,11 @@ class LLGuidanceBackend:
         )
 
     def refuses(self, shape: Shape) -> str | None:
-        """GBNF is not its language."""
+        """GBNF is not its language, and its recursion runs out of stack where others' does not."""
         if shape.dialect == "gbnf":
             return "llguidance does not read GBNF: write Lark (`start: ...`), or `pip install xgrammar`"
+        if shape.rules is not None and depth(shape.rules) > MAX_DEPTH:
+            return f"llguidance takes no shape of over {MAX_DEPTH} levels: `pip install xgrammar`, or make it flatter"
         return None
 
     def compile(self, shape: Shape) -> LLGuidanceGrammar:
@@ -71,7 +75,10 @@ class LLGuidanceBackend:
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
         if matcher.is_error():
             raise InvalidRequest(f"llguidance cannot compile the grammar: {readable(matcher.get_error())}")
-        return LLGuidanceGrammar(matcher, frozenset(self._vocabulary.eos_ids))
+        grammar = LLGuidanceGrammar(matcher, frozenset(self._vocabulary.eos_ids))
+        if shape.rules is None:
+            check_start(grammar, self._vocabulary.num_words)
+        return grammar
 
 
 class _Tokens:
@@ -133,7 +140,7 @@ class LLGuidanceState:
 
     def forced_text(self) -> str:
         """The text that must come next; "" where there is a choice, or at the end."""
-        return "" if self._done else self._matcher.compute_ff_bytes().decode(errors="ignore")
+        return "" if self._done else whole_text(self._matcher.compute_ff_bytes())
 
     @property
     def can_end(self) -> bool:

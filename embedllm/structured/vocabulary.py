@@ -44,3 +44,11 @@ def vocabulary_of(
     tokens = [b"" if i in mute else kept[i] if i in kept else tokenizer.token_bytes(i) for i in known]
     tokens += [b""] * (width - len(tokens))
     return Vocabulary(tokens, ends, lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+
+def whole_text(spelled: bytes) -> str:
+    """The characters that are whole; "" where bytes begin within a character."""
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError as error:
+        return spelled[: error.start].decode()

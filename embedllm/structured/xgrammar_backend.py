@@ -16,7 +16,8 @@ from embedllm.errors import InvalidRequest, MissingDependency
 from embedllm.structured.backend import Shape, Vocabulary
 from embedllm.structured.gbnf import gbnf, num_counted
 from embedllm.structured.normal import normal_form
-from embedllm.structured.sources import check_source, readable
+from embedllm.structured.sources import check_source, check_start, readable
+from embedllm.structured.vocabulary import whole_text
 
 MAX_MASKED = 20_000_000  # ids in all masks that counts need; about 5 s
 MAX_CACHED = 256 * 2**20  # bytes of masks that grammars share
@@ -52,9 +53,7 @@ class XGrammarBackend:
         if shape.dialect == "lark":
             return "xgrammar does not read Lark: write GBNF (`root ::= ...`), or `pip install llguidance`"
         if shape.rules is not None and num_counted(shape.rules) * len(self._vocabulary.tokens) > MAX_MASKED:
-            return (
-                "xgrammar would take long over so many counts: `pip install llguidance`, or lower the maxima"
-            )
+            return "xgrammar would take long over so many counts: `pip install llguidance`, or lower the maxima"
         return None
 
     def compile(self, shape: Shape) -> XGrammarGrammar:
@@ -66,9 +65,12 @@ class XGrammarBackend:
         else:
             source = gbnf(normal_form(shape.rules))
         try:
-            return XGrammarGrammar(self._compiler.compile_grammar(source), len(self._vocabulary.tokens))
+            grammar = XGrammarGrammar(self._compiler.compile_grammar(source), len(self._vocabulary.tokens))
         except RuntimeError as error:
             raise InvalidRequest(f"xgrammar cannot compile the grammar: {readable(error)}") from error
+        if shape.rules is None:
+            check_start(grammar, self._vocabulary.num_words)
+        return grammar
 
 
 class XGrammarGrammar:
@@ -110,7 +112,12 @@ class XGrammarState:
 
     def forced_text(self) -> str:
         """The text that must come next; "" where there is a choice, or at the end."""
-        return "" if self._matcher.is_terminated() else str(self._matcher.find_jump_forward_string())
+        if self._matcher.is_terminated():
+            return ""
+        try:
+            return str(self._matcher.find_jump_forward_string())
+        except UnicodeDecodeError as error:  # it begins or ends within a character
+            return whole_text(bytes(error.object))
 
     @property
     def can_end(self) -> bool:

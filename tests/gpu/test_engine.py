@@ -162,6 +162,21 @@ def test_captured_steps_give_the_same_tokens(name: str, test_seed: int) -> None:
     assert answers[0] == answers[1]
 
 
+def test_answers_with_a_shape_beside_answers_without() -> None:
+    """Masks are made on the host while the card computes; everybody's tokens are those of a CPU, but for rounding."""
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "n": {"type": "integer"}}}
+    schema["required"] = ["name", "n"]
+    answers = []
+    for device in ("cpu", "cuda"):
+        with embedllm.LLM(device=device, dtype="float32", num_kv_blocks=512, progress=False) as llm:
+            shaped = [llm.submit(f"Record {i}: ", json_schema=schema, max_tokens=400) for i in range(8)]
+            free = [llm.submit(f"def task_{i}(", max_tokens=40) for i in range(8)]
+            answers.append([generation.result().tokens for generation in (*shaped, *free)])
+            for generation in shaped:
+                assert set(generation.result().parsed) == {"name", "n"}
+    assert sum(mine == theirs for mine, theirs in zip(*answers, strict=True)) >= 15
+
+
 def test_two_engines_and_all_memory_back() -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

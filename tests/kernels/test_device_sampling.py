@@ -1,12 +1,16 @@
 """The sampler with edits and draws on the interpreted kernels: the tokens of its way on the host."""
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import embedllm.sampler
 from embedllm.choice import Choice
+from embedllm.edits import pack_ids
 from embedllm.params import SamplingParams
 from embedllm.sampler import Sampler
+from embedllm.structured.follower import Follower
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -22,7 +26,19 @@ ASKED = [
     SamplingParams(
         temperature=0.7, frequency_penalty=1.0, logits_processor=lambda prompt, output, x: x.roll(len(output))
     ),
+    SamplingParams(temperature=0.9, structured={"regex": "a"}, allowed_token_ids=range(30)),
+    SamplingParams(temperature=0.0, structured={"regex": "a"}, logits_processor=lambda prompt, output, x: -x),
 ]
+
+
+class Thirds(Follower):
+    """A shape of which every third id is a part, other ones each time."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def fill(self, row: NDArray[np.int32]) -> None:
+        row[:] = pack_ids(range(len(self._tokens) % 3, 41, 3), 41)
 
 
 def sampled(sampler: Sampler, test_seed: int, lag: int) -> list[list[int]]:
@@ -33,7 +49,8 @@ def sampled(sampler: Sampler, test_seed: int, lag: int) -> list[list[int]]:
 
     def bind() -> None:
         for row in rows:
-            sampler.bind(row, ASKED[row], live[row], 3, row, 0, [4], [[5], [7, 3], [3, 7]] if row == 5 else [])
+            shape = Thirds(live[row]) if ASKED[row].structured else None
+            sampler.bind(row, ASKED[row], live[row], 3, row, 0, [4], [[5], [7, 3], [3, 7]] if row == 5 else [], shape)
 
     def read(choice: Choice) -> None:
         for row, token in zip(rows, choice.read().tokens, strict=True):
@@ -64,7 +81,10 @@ def test_edits_where_the_logits_are(lag: int, monkeypatch: pytest.MonkeyPatch, t
     sampler = Sampler(len(ASKED), 41)
     found = sampled(sampler, test_seed, lag)
     assert found == (expected[:5] if lag else expected)
-    assert [sampler.is_stepwise(params) for params in ASKED] == [False] * 5 + [True] * 2
+    assert [sampler.is_stepwise(params) for params in ASKED] == [False] * 5 + [True] * 4
+    for row in (7, 8):
+        assert all(token % 3 == step % 3 for step, token in enumerate(expected[row])) and len(set(expected[row])) > 3
+    assert max(expected[7]) < 30
     assert set(expected[3]) <= {1, 3, 5, 7, 40} and not {3, 4} & set(expected[1][:6]) and 5 not in expected[5]
 
 
