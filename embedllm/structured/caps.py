@@ -28,9 +28,11 @@ MAX_STEP = 64  # multipleOf, unless it is a power of ten
 STRING_LENGTH = 256  # characters of a string, and of each open end or repeat of a pattern
 ARRAY_ITEMS = 16
 EXTRA_PROPERTIES = 16
+NAME_LENGTH = 64  # characters of a name that no schema gives
 INTEGER = 10**15 - 1  # integers and numbers lie within plus and minus this
 FRACTION_DIGITS = 15
 FREE_DEPTH = 4  # levels of objects and arrays in a value of any kind
+RECURSION_DEPTH = 8  # levels of a schema within itself
 
 
 def refuse(where: str, why: str) -> NoReturn:

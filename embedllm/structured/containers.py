@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from embedllm.structured import numbers, strings
-from embedllm.structured.caps import ARRAY_ITEMS, EXTRA_PROPERTIES, MAX_DEPTH, STRING_LENGTH
+from embedllm.structured.caps import ARRAY_ITEMS, EXTRA_PROPERTIES, MAX_DEPTH, NAME_LENGTH, STRING_LENGTH
 from embedllm.structured.expressions import EMPTY, Literal, Node, Ref
 from embedllm.structured.nodes import alt, optional, repeat, rule, seq
 
@@ -37,7 +37,7 @@ def free_object(depth: int, rules: dict[str, Node]) -> Node:
 
 def extras(names: Iterable[str], value: Node, most: int, rules: dict[str, Node]) -> Node:
     """One to `most` properties with other names than these."""
-    key = strings.other_than(names, STRING_LENGTH, MAX_DEPTH, rules)
+    key = strings.other_than(names, NAME_LENGTH, MAX_DEPTH, rules)
     one = rule(seq(Literal('"'), key, Literal('": '), value), rules)
     return seq(one, repeat(seq(COMMA, one), 0, most - 1))
 

@@ -17,12 +17,13 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints, is_ty
 
 from embedllm.errors import InvalidRequest
 from embedllm.structured.backend import Shape
-from embedllm.structured.caps import FREE_DEPTH, check_entries, check_text, plain, refuse
+from embedllm.structured.caps import FREE_DEPTH, RECURSION_DEPTH, check_entries, check_text, plain, refuse
 from embedllm.structured.containers import free_object
+from embedllm.structured.depth import bounded
 from embedllm.structured.expressions import EMPTY, Literal, Node
-from embedllm.structured.nodes import alt, well_formed
+from embedllm.structured.nodes import alt, checked, well_formed
 from embedllm.structured.regex import regex
-from embedllm.structured.schema import Schema
+from embedllm.structured.schema import HEAD, Schema
 from embedllm.structured.tags import structural_tag
 from embedllm.structured_output import StructuredOutput
 
@@ -48,7 +49,8 @@ def lower(asked: StructuredOutput) -> Shape:
         schema = Schema(source, rules, kind)
         rules["root"] = free_object(FREE_DEPTH, rules) if kind == "json_object" else schema.value(source, "$")
         schema.finish()
-    return Shape(rules=well_formed(rules, kind))
+    heads = frozenset(name for name in rules if name.startswith(HEAD))
+    return Shape(rules=well_formed(bounded(checked(rules, kind), heads, RECURSION_DEPTH), kind))
 
 
 def key_of(asked: StructuredOutput) -> str:

@@ -113,13 +113,21 @@ def parts_of(node: Node) -> tuple[Node, ...]:
     return tuple(follows for _, follows in node.options) if isinstance(node, Dispatch) else ()
 
 
-def well_formed(rules: Rules, where: str) -> Rules:
-    """The rules that "root" needs, without what can never end.
+def refs_in(node: Node) -> set[str]:
+    """Names of the rules it refers to."""
+    return {node.name} if isinstance(node, Ref) else set[str]().union(*map(refs_in, parts_of(node)))
 
-    Raises InvalidRequest if they are too many, if one begins with itself, or if nothing matches them.
-    """
+
+def checked(rules: Rules, where: str) -> dict[str, Node]:
+    """The rules that "root" needs. Raises InvalidRequest if they are too many or one begins with itself."""
     reached = _reached(rules, where)
     _check_left_recursion(reached, where)
+    return reached
+
+
+def well_formed(rules: Rules, where: str) -> Rules:
+    """The same without what can never end. Raises InvalidRequest too if nothing matches them."""
+    reached = checked(rules, where)
     ending = _ending(reached)
     if "root" not in ending:
         refuse(where, "no finite value can match it; look for parts that exclude or endlessly require each other")

@@ -36,6 +36,9 @@ REFUSED = (
 )
 
 
+HEAD = "ref"  # names of rules that schemas with $ref or allOf have begin so, and no others
+
+
 class Schema:
     """One schema document, lowered into `rules` as far as it is asked for.
 
@@ -64,7 +67,7 @@ class Schema:
         key = json.dumps(constraints(schema))
         self.spend(path, len(key) // 128)
         if key not in self.named:
-            self.named[key] = f"r{len(self.rules)}"
+            self.named[key] = f"{HEAD}{len(self.rules)}"
             self.rules[self.named[key]] = NOTHING  # reserved
             self.pending.append((self.named[key], schema, path))
         return Ref(self.named[key])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, field_validator
@@ -176,7 +177,7 @@ def test_other_options_hold_inside_a_shape(llm: embedllm.LLM) -> None:
         assert found != first or len(set(banned)) == 1
 
     def loud(prompt: list[int], output: list[int], logits: Any) -> Any:
-        return logits * 0 + 1.0  # every token is as good as any other, also those the shape forbids
+        return torch.ones_like(logits)  # every token is as good as any other, also those the shape forbids
 
     assert json.loads(llm.generate("x", json_schema={"enum": [1, "two", None]}, logits_processor=loud).text) in (
         1,
