@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from embedllm.errors import InvalidRequest
+from embedllm.errors import InvalidRequest, RequestFailed
 from embedllm.structured.automaton import CONSUMED, REFUSED, Parts
 from embedllm.structured.backend import Shape, Vocabulary
 from embedllm.structured.normal import normal_form
@@ -21,6 +21,7 @@ from embedllm.structured.vocabulary import whole_text
 
 MAX_FORCED = 4_096  # bytes looked ahead
 MAX_POSITIONS = 20_000  # remembered per grammar
+MAX_WAYS = 16_000  # in which the text so far may be read; JSON has a handful, an enum one per entry
 
 
 class Stack:
@@ -140,6 +141,11 @@ class BuiltinGrammar:
                     new.append(rest)
             waiting += [one for one in new if one not in seen]
             seen.update(new)
+            if len(seen) > MAX_WAYS:
+                raise RequestFailed(
+                    f"what was written can be read in over {MAX_WAYS:,} ways, more than the built-in grammar backend "
+                    "follows: `pip install 'embedllm[structured]'`, or ask for a less ambiguous shape"
+                )
         return frozenset(there)
 
     def only_byte(self, position: Position) -> int | None:

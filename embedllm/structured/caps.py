@@ -7,6 +7,7 @@ gives back is JSON, small and shallow, so what reads it may recurse.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from embedllm.errors import InvalidRequest
@@ -41,31 +42,28 @@ def refuse(where: str, why: str) -> NoReturn:
 
 def plain(value: Any, where: str) -> Any:
     """A copy of JSON data. Raises InvalidRequest for what is not JSON, or is over a limit."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        num_bytes = len(text.encode())
-        copy = json.loads(text) if num_bytes <= MAX_SOURCE_BYTES else None
-    except RecursionError:
-        refuse(where, f"it is nested more than {MAX_DEPTH} levels deep; make it flatter")
-    except (TypeError, ValueError) as error:
-        refuse(where, f"it must be plain JSON data: {error}")
-    if num_bytes > MAX_SOURCE_BYTES:
-        refuse(where, f"it takes {num_bytes:,} bytes as JSON, the limit is {MAX_SOURCE_BYTES:,}; make it smaller")
-    num_nodes, level = 1, [copy]
-    for _ in range(MAX_DEPTH + 1):
-        level = [child for node in level if isinstance(node, (dict, list)) for child in _children(node)]
+    num_nodes, level = 1, [value]
+    for _ in range(MAX_DEPTH + 1):  # before it is written: parts that it holds many times over are written as often
+        level = [child for node in level if isinstance(node, (dict, list, tuple)) for child in _children(node)]
         num_nodes += len(level)
+        if num_nodes > MAX_SOURCE_NODES:
+            refuse(where, f"it holds more than {MAX_SOURCE_NODES:,} values, which is the limit; make it smaller")
         if not level:
             break
     else:
         refuse(where, f"it is nested more than {MAX_DEPTH} levels deep; make it flatter")
-    if num_nodes > MAX_SOURCE_NODES:
-        refuse(where, f"it holds {num_nodes:,} values, the limit is {MAX_SOURCE_NODES:,}; make it smaller")
-    return copy
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        num_bytes = len(text.encode())
+    except (TypeError, ValueError) as error:
+        refuse(where, f"it must be plain JSON data: {error}")
+    if num_bytes > MAX_SOURCE_BYTES:
+        refuse(where, f"it takes {num_bytes:,} bytes as JSON, the limit is {MAX_SOURCE_BYTES:,}; make it smaller")
+    return json.loads(text)
 
 
-def _children(node: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(node.values()) if isinstance(node, dict) else node
+def _children(node: dict[str, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node
 
 
 def check_text(text: str, where: str) -> str:

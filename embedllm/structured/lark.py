@@ -22,7 +22,7 @@ def lark(rules: Rules) -> str:
     except RecursionError:
         raise InvalidRequest("the shape is nested too deeply to be compiled; name parts of it ($ref, rules)") from None
     # Without forcing: else where a text must come only its first token may, in the spelling that the tokenizer gives.
-    return f"%llguidance {{\"no_forcing\": true}}\nstart: {written.root}\n{''.join(written.lines)}"
+    return f'%llguidance {{"no_forcing": true}}\nstart: {written.root}\n{"".join(written.lines)}'
 
 
 def depth(rules: Rules) -> int:

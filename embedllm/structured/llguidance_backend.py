@@ -60,9 +60,9 @@ class LLGuidanceBackend:
 
     def compile(self, shape: Shape) -> LLGuidanceGrammar:
         """Raises InvalidRequest for a shape that is malformed."""
+        self.prepare()
         from llguidance import LLMatcher, LLParserLimits
 
-        self.prepare()
         if shape.rules is None:
             check_source(shape.source)
         source = LLMatcher.grammar_from_lark(shape.source if shape.rules is None else lark(shape.rules))

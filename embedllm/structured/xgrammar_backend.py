@@ -20,7 +20,7 @@ from embedllm.structured.sources import check_source, check_start, readable
 from embedllm.structured.vocabulary import whole_text
 
 MAX_MASKED = 20_000_000  # ids in all masks that counts need; about 5 s
-MAX_CACHED = 256 * 2**20  # bytes of masks that grammars share
+_ROOT = "embedllm_root"
 
 
 class XGrammarBackend:
@@ -46,7 +46,8 @@ class XGrammarBackend:
             raise MissingDependency(f"xgrammar is missing: `pip install 'embedllm[structured]'` ({error})") from error
         tokens, ends = list(self._vocabulary.tokens), list(self._vocabulary.eos_ids)
         info = TokenizerInfo(tokens, stop_token_ids=ends)
-        return GrammarCompiler(info, max_threads=1, cache_limit_bytes=MAX_CACHED)
+        # Its cache gives a rule the masks of an equal rule in another grammar, where other text may follow.
+        return GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
     def refuses(self, shape: Shape) -> str | None:
         """Lark is not its language, and counts take it long: each one more to come is a mask made ahead."""
@@ -65,7 +66,9 @@ class XGrammarBackend:
         else:
             source = gbnf(normal_form(shape.rules))
         try:
-            grammar = XGrammarGrammar(self._compiler.compile_grammar(source), len(self._vocabulary.tokens))
+            # Under a root that no rule leads back to: else it takes the end of an inner one for the end of the text.
+            compiled = self._compiler.compile_grammar(f"{source}\n{_ROOT} ::= root\n", root_rule_name=_ROOT)
+            grammar = XGrammarGrammar(compiled, len(self._vocabulary.tokens))
         except RuntimeError as error:
             raise InvalidRequest(f"xgrammar cannot compile the grammar: {readable(error)}") from error
         if shape.rules is None:

@@ -1,11 +1,16 @@
 """Answers with a shape in the real engine: what comes out, what it depends on, and what a bad shape cannot do."""
 
+import atexit
 import contextlib
+import functools
 import json
 import random
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +30,7 @@ from tests.engine.hooked import assert_idle, engine_of, until
 from tests.unit.schemas import random_schema
 
 BYTES = ByteTokenizer()
+BOX = Path(embedllm.__file__).parent / "demo" / "model"
 
 
 class City(BaseModel):
@@ -189,24 +195,110 @@ def test_other_options_hold_inside_a_shape(llm: embedllm.LLM) -> None:
     assert_idle(llm)
 
 
-def test_random_schemas_give_valid_answers(llm: embedllm.LLM, test_seed: int) -> None:
-    asked = []
-    for seed in range(200):
-        schema = random_schema(test_seed + seed)
-        sampling = SamplingParams(temperature=1.0, seed=seed) if seed % 2 else SamplingParams()
-        asked.append((schema, llm.submit(f"JSON {seed}: ", sampling, json_schema=schema, max_tokens=1_200)))
-    num_cut = 0
-    for schema, generation in asked:
-        completion = generation.result()
-        if completion.finish_reason == "length":
-            num_cut += 1
-        else:
-            Draft202012Validator(schema).validate(completion.parsed)
-    assert num_cut <= 2
-    assert_idle(llm)
+@functools.cache
+def random_model() -> str:
+    """A folder with random weights and the tokenizer of the model in the box: the hardest case for a shape."""
+    import transformers
+
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in BOX.iterdir():
+        if path.suffix != ".safetensors" and path.name != "config.json":
+            shutil.copy(path, folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=8_192, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2_048, initializer_range=0.3, eos_token_id=2, bos_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "num_schemas",
+    [
+        pytest.param(120, marks=pytest.mark.slow),
+        pytest.param(1_000, marks=[pytest.mark.soak, pytest.mark.timeout(1_800)]),
+    ],
+)
+@pytest.mark.parametrize("model", ["box", "random weights"])
+def test_random_schemas_give_valid_answers(
+    model: str, num_schemas: int, capsys: pytest.CaptureFixture[str], test_seed: int
+) -> None:
+    """Greedy and sampled, in a batch. Whatever does not end by its length parses and validates."""
+    folder = None if model == "box" else random_model()
+    num_cut = num_tokens = 0
+    with embedllm.LLM(folder, dtype="float32", num_kv_blocks=4_096, progress=False) as llm:
+        asked = []
+        for number in range(num_schemas):
+            schema = random_schema(test_seed + number)
+            params = SamplingParams(temperature=1.0, seed=number) if number % 2 else SamplingParams()
+            asked.append((schema, llm.submit(f"JSON {number}: ", params, json_schema=schema, max_tokens=1_900)))
+        for schema, generation in asked:
+            completion = generation.result()
+            num_tokens += len(completion.tokens)
+            if completion.finish_reason == "length":
+                num_cut += 1
+            else:
+                Draft202012Validator(schema).validate(completion.parsed)
+        assert_idle(llm)
+    with capsys.disabled():
+        print(f"\n{model}: {num_schemas:,} schemas, {num_cut} answers cut short, {num_tokens:,} tokens")
+    assert num_cut <= max(2, num_schemas // 100)
 
 
 # ---- what a bad shape cannot do -----------------------------------------------------------------------------------
+
+NESTED: Any = functools.reduce(lambda inner, _: {"type": "object", "properties": {"a": inner}}, range(10_000), {})
+WIDE: Any = functools.reduce(
+    lambda inner, i: {"anyOf": [{"properties": {f"k{i}": inner}}, {"properties": {f"z{i}": inner}}]}, range(30), {}
+)
+HOSTILE: dict[str, dict[str, Any]] = {
+    "nested 10,000 deep": {"json_schema": NESTED},
+    "doubling": {"json_schema": WIDE},
+    "itself": {"json_schema": {"$ref": "#"}},
+    "one another": {
+        "json_schema": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
+    },
+    "without an end": {"json_schema": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}},
+    "elsewhere": {"json_schema": {"$ref": "http://127.0.0.1/schema.json"}},
+    "100,000 values": {"json_schema": {"enum": [f"value {i}" for i in range(100_000)]}},
+    "4,000 values": {"json_schema": {"enum": [f"value {i}" for i in range(4_000)]}},
+    "a type that is none": {"json_schema": {"type": []}},
+    "a pattern that doubles": {"json_schema": {"type": "string", "pattern": "(a+)+$"}},
+    "a pattern that is none": {"json_schema": {"type": "string", "pattern": "(["}},
+    "a lone surrogate": {"json_schema": {"const": "\ud800"}},
+    "a NUL": {"json_schema": {"const": "a\0b"}},
+    "(a+)+b": {"regex": "(a+)+b"},
+    "a billion": {"regex": "a{1,1000000000}"},
+    "repeats of repeats": {"regex": "((((a{99}){99}){99}){99}){99}"},
+    "foo**": {"regex": "foo**"},
+    "a back-reference": {"regex": r"(a)\1"},
+    "brackets": {"regex": "(" * 20_000},
+    "NUL in a regex": {"regex": "a\0"},
+    "left recursion": {"grammar": 'root ::= root "a" | "b"'},
+    "an endless grammar": {"grammar": "root ::= root2\nroot2 ::= root"},
+    "deep brackets": {"grammar": "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000},
+    "an empty Lark grammar": {"grammar": "start: "},
+    "no grammar": {"grammar": "\0"},
+    "choices": {"choice": [f"{i}" for i in range(100_000)]},
+    "a tag of nothing": {"structural_tag": {"type": "structural_tag", "format": {"type": "nothing"}}},
+    "tags in tags": {"structural_tag": {"structures": [{"begin": "", "schema": {}, "end": ""}], "triggers": [""]}},
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_hostile_shapes_are_refused_or_bounded(llm: embedllm.LLM, name: str) -> None:
+    """Whatever comes of it, the engine lives, in seconds, and a bystander's tokens are what they are alone."""
+    alone = llm.generate("def bystander(", max_tokens=40).tokens
+    beside = llm.submit("def bystander(", max_tokens=40)
+    began = time.monotonic()
+    with contextlib.suppress(InvalidRequest, RequestFailed):
+        completion = llm.generate("x", max_tokens=64, **HOSTILE[name])
+        assert completion.finish_reason in ("stop", "length")
+    assert time.monotonic() - began < grammars.COMPILE_SECONDS + 20
+    assert beside.result().tokens == alone
+    assert_idle(llm)
 
 
 class Odd:
