@@ -49,10 +49,11 @@ _CEILINGS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis
 _CEILINGS = _CEILINGS.astype(np.float32)
 
 
-def keep_ids(work: Tensor, words: NDArray[np.int32]) -> Tensor:
-    """Logits [n, V], -inf where an id's bit is not set in words [n, ceil(V / 32)]; NaN stays NaN."""
+def keep_ids(logits: Tensor, words: NDArray[np.int32]) -> Tensor:
+    """A copy of float32 [n, V], -inf where an id's bit is not set in words [n, ceil(V / 32)]; NaN stays NaN."""
     ceilings = np.take(_CEILINGS, words.astype("<i4", copy=False).view(np.uint8), axis=0).reshape(len(words), -1)
-    return torch.minimum(work, torch.from_numpy(ceilings[:, : work.shape[1]]).to(work.dtype))
+    kept = torch.from_numpy(ceilings[:, : logits.shape[1]])
+    return torch.minimum(logits, kept, out=kept)
 
 
 class Edit:
@@ -160,9 +161,18 @@ class Editor(Protocol):
         """The row is this sequence's from now on, whose tokens are all known."""
 
     def apply(
-        self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int], masks: Masks
-    ) -> None:
-        """Penalties, biases and `masks`, in place on logits [n, V]; `positions` are of the tokens to choose."""
+        self,
+        logits: Tensor,
+        where: Tensor | None,
+        rows: Sequence[int],
+        edits: Sequence[Edit],
+        positions: Sequence[int],
+        masks: Masks,
+    ) -> Tensor:
+        """A copy [n, V] of the lines `where` (int64 [n]; None: all) of logits, with penalties, biases and `masks`.
+
+        positions: of the tokens to choose.
+        """
 
     def note(self, rows: Sequence[int], ids: Tensor) -> None:
         """These ids int64 [n] were chosen for these rows."""
@@ -177,27 +187,36 @@ class HostEditor:
         pass
 
     def apply(
-        self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int], masks: Masks
-    ) -> None:
+        self,
+        logits: Tensor,
+        where: Tensor | None,
+        rows: Sequence[int],
+        edits: Sequence[Edit],
+        positions: Sequence[int],
+        masks: Masks,
+    ) -> Tensor:
         found = [(place, edit.penalties, edit.count()) for place, edit in enumerate(edits)]
         seen = [(place, torch.tensor([factors]), *count) for place, factors, count in found if count and factors]
+        each = [(place, *item) for place, edit in enumerate(edits) for item in edit.biases(positions[place]).items()]
+        masked = [place for place, mask in enumerate(masks) if mask is not None]
+        words = np.stack([mask for mask in masks if mask is not None]) if masked else None
+        work = logits if where is None else logits[where]
+        if words is not None and len(masked) == len(edits) and not (seen or each):
+            return keep_ids(work, words)
+        if where is None:
+            work = work.clone()
         if seen:
             at = torch.cat([torch.full_like(ids, place) for place, _, ids, _ in seen])
             ids, times = (torch.cat(part) for part in list(zip(*seen, strict=True))[2:])
             factors = torch.cat([factor.expand(len(ids), 3) for _, factor, ids, _ in seen])
             ops.penalise(work, at, ids, times, *factors.unbind(1))
-        each = [(place, *item) for place, edit in enumerate(edits) for item in edit.biases(positions[place]).items()]
         if each:
             places, chosen, values = (torch.tensor(column) for column in zip(*each, strict=True))
             work[places, chosen] += values.to(work.dtype)
-        masked = [place for place, mask in enumerate(masks) if mask is not None]
-        if masked:
-            words = np.stack([mask for mask in masks if mask is not None])
-            if len(masked) == len(work):
-                work.copy_(keep_ids(work, words))
-            else:
-                where = torch.tensor(masked)
-                work[where] = keep_ids(work[where], words)
+        if words is not None:
+            its = torch.tensor(masked)
+            work[its] = keep_ids(work[its], words)
+        return work
 
     def note(self, rows: Sequence[int], ids: Tensor) -> None:
         pass
@@ -235,10 +254,17 @@ class DeviceEditor:
             line.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
     def apply(
-        self, work: Tensor, rows: Sequence[int], edits: Sequence[Edit], positions: Sequence[int], masks: Masks
-    ) -> None:
+        self,
+        logits: Tensor,
+        where: Tensor | None,
+        rows: Sequence[int],
+        edits: Sequence[Edit],
+        positions: Sequence[int],
+        masks: Masks,
+    ) -> Tensor:
         from embedllm_kernels.triton.edits import apply_edits
 
+        work = logits.clone() if where is None else logits[where]
         device, penalised = work.device, not self._penalised.isdisjoint(rows)
         each = [edit.biases(position) for edit, position in zip(edits, positions, strict=True)]
         widest = max(map(len, each))
@@ -259,6 +285,7 @@ class DeviceEditor:
             bias=(upload(torch.from_numpy(bias_ids), device), upload(torch.from_numpy(values), device)),
             allowed=None if allowed is None else upload(torch.from_numpy(allowed), device),
         )
+        return work
 
     def note(self, rows: Sequence[int], ids: Tensor) -> None:
         places = [place for place, row in enumerate(rows) if row in self._penalised]

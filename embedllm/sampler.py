@@ -132,14 +132,14 @@ class Sampler:
             bound, edits = [rows[i] for i in edited], [states[i].edit for i in edited]
             editor = self._host if edits[0].needs_host else self._editor
             where = upload(torch.tensor(edited), logits.device)
-            work = logits.clone() if len(edited) == len(logits) else logits[where]
             masks: list[NDArray[np.int32] | None] = [None] * len(edits)
             for place, i in enumerate(edited):
                 try:
                     masks[place] = edits[place].mask()
                 except Exception as error:
                     choice.failures[i] = error
-            editor.apply(work, bound, edits, [at[i] for i in edited], masks)
+            lines = None if len(edited) == len(logits) else where
+            work = editor.apply(logits, lines, bound, edits, [at[i] for i in edited], masks)
             for place, i in enumerate(edited):
                 try:
                     edits[place].process(work[place], masks[place])

@@ -130,7 +130,7 @@ class LLGuidanceState:
                 return False
             self._done = True
             return True
-        return bool(not self._done and self._matcher.validate_tokens([token]) and self._matcher.consume_token(token))
+        return not self._done and bool(self._matcher.try_consume_tokens([token]))
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last tokens accepted."""
