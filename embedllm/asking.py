@@ -42,7 +42,7 @@ class Asking:
 
     def check(self, overrides: Mapping[str, Any]) -> None:
         """Raises UnknownOption and what else can be seen wrong in keywords without a prompt."""
-        _split(overrides)
+        SamplingParams(**_split(overrides)[0])
 
     def ask(self, core: Core, prompt: Any, params: Any, overrides: Mapping[str, Any], pooling: Any = None) -> Asked:
         """What was asked, checked. Raises InvalidRequest and what says that there is no engine."""
@@ -100,7 +100,6 @@ def _split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         if "structured" in replaced:
             raise InvalidRequest(f"structured and {next(iter(shape))} say the same thing; give one of them")
         replaced["structured"] = StructuredOutput(**shape)
-    SamplingParams(**replaced)
     return replaced, {name: value for name, value in chat.items() if value is not None}
 
 
