@@ -47,7 +47,7 @@ def plain(value: Any, where: str) -> Any:
         level = [child for node in level if isinstance(node, (dict, list, tuple)) for child in _children(node)]
         num_nodes += len(level)
         if num_nodes > MAX_SOURCE_NODES:
-            refuse(where, f"it holds more than {MAX_SOURCE_NODES:,} values, which is the limit; make it smaller")
+            refuse(where, f"it holds {num_nodes:,} values or more, the limit is {MAX_SOURCE_NODES:,}; make it smaller")
         if not level:
             break
     else:
