@@ -7,8 +7,11 @@ taken back. Invariant: the pieces, joined, are the decoded output ids, cut at th
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from embedllm.outputs import NOTHING, Parser, Said
 
 if TYPE_CHECKING:
     from embedllm.params import SamplingParams
@@ -20,9 +23,9 @@ MAX_RUN = 16  # <0xNN> tokens kept back: one bad byte among them changes how all
 
 
 class Piece(NamedTuple):
-    """What a step of tokens gave: the text to hand out, how many of the tokens count, the stop string that was hit."""
+    """What a step of tokens gave: what it says, how many of the tokens count, the stop string that was hit."""
 
-    text: str
+    said: Said
     num_tokens: int
     stop: str | None = None
 
@@ -159,9 +162,17 @@ class Detokenizer:
 
     tokenizer: None gives no text. prompt_ids: not used for text, because an output is decoded by itself: a character
     that began in the prompt shows as U+FFFD. params: stop, min_tokens, include_stop_str_in_output, skip_special_tokens.
+    parser: tells the text from reasoning and tool calls, in which nothing is a stop string; None: all is text.
     """
 
-    def __init__(self, tokenizer: TokenizerProtocol | None, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: TokenizerProtocol | None,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        parser: Parser | None = None,
+    ) -> None:
+        self._parser = parser
         self._stream = tokenizer.decode_stream(params.skip_special_tokens) if tokenizer is not None else None
         self._stops: tuple[str, ...] = tuple(params.stop)
         self._firsts = frozenset(stop[0] for stop in self._stops)
@@ -178,8 +189,8 @@ class Detokenizer:
         completed before it comes first. After a stop nothing more is taken.
         """
         if self._stream is None or self._ended:
-            return Piece("", 0 if self._ended else len(tokens))
-        out = []
+            return Piece(NOTHING, 0 if self._ended else len(tokens))
+        said = []
         for number, token in enumerate(tokens, start=1):
             self._num_tokens += 1
             if ended_by_token and number == len(tokens):
@@ -187,20 +198,24 @@ class Detokenizer:
             new = self._stream.push(token)
             if not new:
                 continue
-            text, stop = self._scan(new)
-            out.append(text)
+            told = Said(new) if self._parser is None else self._parser.feed(new)
+            text, stop = self._scan(told.text)
             if stop is not None:
                 self._ended = True
-                return Piece("".join(out), number, stop)
-        return Piece("".join(out), len(tokens))
+                said.append(Said(text, told.reasoning))
+                return Piece(functools.reduce(Said.then, said), number, stop)
+            said.append(told._replace(text=text))
+        return Piece(functools.reduce(Said.then, said, NOTHING), len(tokens))
 
-    def finish(self) -> str:
+    def finish(self) -> Said:
         """Whatever is still held back, once the sequence has ended; cut if a stop string is completed by it."""
         if self._stream is None or self._ended:
-            return ""
+            return NOTHING
         self._ended = True
-        text, _ = self._scan(self._stream.finish())
-        return text + self._pending
+        rest = self._stream.finish()
+        told = Said(rest) if self._parser is None else self._parser.feed(rest).then(self._parser.finish())
+        text, _ = self._scan(told.text)
+        return told._replace(text=text + self._pending)
 
     def _scan(self, new: str) -> tuple[str, str | None]:
         """What of the pending text and `new` can be handed out, and the stop string it contains.

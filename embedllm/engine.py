@@ -312,7 +312,7 @@ class Engine:
             return
         live = sample.live
         try:
-            piece, said = sample.say(progress.tokens)
+            piece = sample.say(progress.tokens)
         except BaseException as error:  # a tokenizer of the caller's
             self._fail(sequence.id, error)
             return
@@ -324,7 +324,7 @@ class Engine:
         live.num_output += len(tokens)
         sample.num_emitted += len(tokens)
         self.metrics.generation_tokens += len(tokens)
-        update = Update(live.request.id, sample.index, said, tokens, [logprobs] if logprobs is not None else None)
+        update = Update(live.request.id, sample.index, piece.said, tokens, [logprobs] if logprobs is not None else None)
         self._output.updates.append(update)
         if sequence.finish_reason is not None:
             sequence.finish_reason = sample.ending

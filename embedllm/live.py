@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedllm.detokenizer import Detokenizer, Piece
-from embedllm.outputs import FinishReason, Parser, Said, Timing, TokenLogprobs, Usage
+from embedllm.outputs import FinishReason, Timing, TokenLogprobs, Usage
 from embedllm.request import Ended, Request
 from embedllm.sequence import Sequence
 from embedllm.tokenizer import TokenizerProtocol
@@ -25,7 +25,6 @@ class Sample:
     index: int
     sequence: Sequence
     detokenizer: Detokenizer
-    parser: Parser | None = None
     num_emitted: int = 0  # output tokens handed on; the rest of the sequence's can be made again
     num_calls: int = 0  # of tools
 
@@ -35,19 +34,14 @@ class Sample:
         reason = self.sequence.finish_reason
         return "tool_calls" if reason == "stop" and self.num_calls else reason
 
-    def say(self, tokens: list[int]) -> tuple[Piece, Said]:
-        """The text of these tokens, and what was held back where the sequence ends with them; and what it says."""
+    def say(self, tokens: list[int]) -> Piece:
+        """What these tokens say, with what was held back where the sequence ends with them."""
         reason = self.sequence.finish_reason
         piece = self.detokenizer.step(tokens, ended_by_token=reason == "stop")
         if reason is not None and piece.stop is None:
-            piece = piece._replace(text=piece.text + self.detokenizer.finish())
-        if self.parser is None:
-            return piece, Said(piece.text)
-        said = self.parser.feed(piece.text)
-        if reason is not None or piece.stop is not None:
-            said = said.then(self.parser.finish())
-        self.num_calls += len(said.tool_calls)
-        return piece, said
+            piece = piece._replace(said=piece.said.then(self.detokenizer.finish()))
+        self.num_calls += len(piece.said.tool_calls)
+        return piece
 
 
 @dataclass(slots=True)
@@ -87,9 +81,9 @@ class Live:
                 wants_hidden=index == 0 and (params.prompt_logprobs is not None or request.pooling is not None),
                 is_stepwise=is_stepwise,
             )
-            detokenizer = Detokenizer(tokenizer, request.prompt, params)
             parser = request.parser() if request.parser is not None else None
-            self.samples.append(Sample(self, index, sequence, detokenizer, parser))
+            detokenizer = Detokenizer(tokenizer, request.prompt, params, parser)
+            self.samples.append(Sample(self, index, sequence, detokenizer))
         self.num_open = len(self.samples)
 
     def pool(self, start: int, hidden: Any) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from embedllm.detokenizer import MAX_RUN, Detokenizer, TextStream
+from embedllm.outputs import Said, ToolCall
 from embedllm.params import SamplingParams
 from embedllm.tokenizer import Tokenizer, TokenizerProtocol
 from tests.unit.tiny_tokenizers import KINDS, TEXT, tokenizer
@@ -66,8 +67,8 @@ def test_the_pieces_are_the_decoded_ids(kind: str, data: st.DataObject, skip: bo
     for step in steps(ids, cuts):
         piece = detokenizer.step(step)
         assert (piece.num_tokens, piece.stop) == (len(step), None)
-        out.append(piece.text)
-    text = "".join(out) + detokenizer.finish()
+        out.append(piece.said.text)
+    text = "".join(out) + detokenizer.finish().text
     want = found.decode(ids, skip)
     if longest_run(found, [i for i in ids if not (skip and i in found.special_ids)]) <= MAX_RUN or "\ufffd" not in want:
         assert text == want
@@ -109,10 +110,10 @@ def test_whole_characters_come_at_once_and_half_ones_at_the_end() -> None:
     found = tokenizer("byte-level")
     ids = found.encode("a", False) + found.encode("🙈", False)
     detokenizer = Detokenizer(found, [], SamplingParams())
-    assert [detokenizer.step([i]).text for i in ids] == ["a", *[""] * (len(ids) - 2), "🙈"] and len(ids) > 2
+    assert [detokenizer.step([i]).said.text for i in ids] == ["a", *[""] * (len(ids) - 2), "🙈"] and len(ids) > 2
     half = Detokenizer(found, [], SamplingParams())
-    assert "".join(half.step([i]).text for i in ids[:-1]) == "a"
-    assert half.finish() == "\ufffd" and half.finish() == ""
+    assert "".join(half.step([i]).said.text for i in ids[:-1]) == "a"
+    assert half.finish().text == "\ufffd" and half.finish().text == ""
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
@@ -121,7 +122,7 @@ def test_nothing_of_the_prompt_shows(kind: str) -> None:
     whole = found.encode("the 🙈 a", False)
     for cut in range(len(whole)):
         detokenizer = Detokenizer(found, whole[:cut], SamplingParams())
-        text = "".join(detokenizer.step([i]).text for i in whole[cut:]) + detokenizer.finish()
+        text = "".join(detokenizer.step([i]).said.text for i in whole[cut:]) + detokenizer.finish().text
         assert text == found.decode(whole[cut:])
         assert "the" not in text or cut == 0 or "the" in found.decode(whole[cut:])
 
@@ -194,7 +195,7 @@ def test_stop_strings_equal_the_definition(
     out, num_tokens, hit = "", 0, None
     for step in steps(ids, cuts):
         piece = detokenizer.step(step)
-        out += piece.text
+        out += piece.said.text
         num_tokens += piece.num_tokens
         if piece.stop is not None:
             hit = piece.stop
@@ -205,9 +206,9 @@ def test_stop_strings_equal_the_definition(
         free = ends[min_tokens - 1] if 0 < min_tokens <= len(ends) else 0
         longest = max((n for s in stops for n in range(1, len(s)) if known[free:].endswith(s[:n])), default=0)
         assert len(held) == (longest if num_tokens > min_tokens else 0)  # no more is held back than may become a stop
-    out += detokenizer.finish()
+    out += detokenizer.finish().text
     assert (out, num_tokens, hit) == cut(text, ends, stops, min_tokens, keep)
-    assert detokenizer.step([0]).text == "" and detokenizer.finish() == ""
+    assert detokenizer.step([0]).said.text == "" and detokenizer.finish().text == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,25 +226,25 @@ def test_stop_strings_cut_real_text(kind: str, data: st.DataObject) -> None:
     out = ""
     for i in ids:
         piece = detokenizer.step([i])
-        out += piece.text
+        out += piece.said.text
         if piece.stop:
             break
-    assert out + detokenizer.finish() == text[: text.find(stop)]
+    assert out + detokenizer.finish().text == text[: text.find(stop)]
 
 
 def test_the_ending_token_has_no_text() -> None:
     found = Pieces("a", "b", "</s>", "stop")
     params = SamplingParams(stop=["ab"])
     detokenizer = Detokenizer(found, [], params)
-    assert detokenizer.step([0]) == ("", 1, None)
-    assert detokenizer.step([0, 2], ended_by_token=True) == ("a", 2, None)
-    assert detokenizer.finish() == "a"
+    assert detokenizer.step([0]) == (Said(""), 1, None)
+    assert detokenizer.step([0, 2], ended_by_token=True) == (Said("a"), 2, None)
+    assert detokenizer.finish().text == "a"
     first = Detokenizer(found, [], params)
-    assert first.step([0, 1, 2], ended_by_token=True) == ("", 2, "ab")  # the string was complete before
+    assert first.step([0, 1, 2], ended_by_token=True) == (Said(""), 2, "ab")  # the string was complete before
     kept = Detokenizer(found, [], SamplingParams(stop=["ab"], include_stop_str_in_output=True))
-    assert kept.step([3, 0, 1, 3]) == ("stopab", 3, "ab")
+    assert kept.step([3, 0, 1, 3]) == (Said("stopab"), 3, "ab")
     last = Detokenizer(found, [], params)
-    assert last.step([0, 1], ended_by_token=True) == ("", 2, None) and last.finish() == "a"
+    assert last.step([0, 1], ended_by_token=True) == (Said(""), 2, None) and last.finish().text == "a"
 
 
 def test_unicode_stops_are_exact_code_points() -> None:
@@ -255,8 +256,8 @@ def test_unicode_stops_are_exact_code_points() -> None:
         ("a😀b", "😀b", "a"),
     ]:
         detokenizer = Detokenizer(found, [], SamplingParams(stop=[stop]))
-        out = "".join(detokenizer.step([i]).text for i in found.encode(text, False))
-        assert out + detokenizer.finish() == want
+        out = "".join(detokenizer.step([i]).said.text for i in found.encode(text, False))
+        assert out + detokenizer.finish().text == want
 
 
 def test_many_long_stops_do_not_slow_it_down() -> None:
@@ -267,14 +268,14 @@ def test_many_long_stops_do_not_slow_it_down() -> None:
     for _ in range(3_000):
         detokenizer.step([0])
     assert time.thread_time() - start < 3.0
-    assert len(detokenizer.step([1]).text) == 1_001
+    assert len(detokenizer.step([1]).said.text) == 1_001
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
     detokenizer = Detokenizer(None, [1], SamplingParams())
-    assert detokenizer.step([1, 2, 3]) == ("", 3, None)
-    assert detokenizer.step([4], ended_by_token=True) == ("", 1, None)
-    assert detokenizer.finish() == ""
+    assert detokenizer.step([1, 2, 3]) == (Said(""), 3, None)
+    assert detokenizer.step([4], ended_by_token=True) == (Said(""), 1, None)
+    assert detokenizer.finish().text == ""
 
 
 def test_special_tokens_show_only_when_asked() -> None:
@@ -283,5 +284,38 @@ def test_special_tokens_show_only_when_asked() -> None:
     shown: dict[bool, Any] = {}
     for skip in (True, False):
         detokenizer = Detokenizer(found, [], SamplingParams(skip_special_tokens=skip))
-        shown[skip] = detokenizer.step(ids).text + detokenizer.finish()
+        shown[skip] = detokenizer.step(ids).said.text + detokenizer.finish().text
     assert shown == {True: "thecat<think>", False: "the<|im_start|>cat<think>"}
+
+
+class Tags:
+    """A parser for which what stands between < and > is reasoning, and ! is a call."""
+
+    def __init__(self) -> None:
+        self.inside = False
+
+    def feed(self, text: str) -> Said:
+        said = Said()
+        for char in text:
+            if char in "<>":
+                self.inside = char == "<"
+            elif char == "!":
+                said = said.then(Said("", "", (ToolCall("now", {}, "1"),)))
+            else:
+                said = said.then(Said("", char) if self.inside else Said(char))
+        return said
+
+    def finish(self) -> Said:
+        return Said("", ".")
+
+
+def test_stop_strings_are_of_the_answer_alone() -> None:
+    """Not of reasoning or calls, and across what lies between."""
+    found = Pieces("<ab>", "a", "!", "<c>", "b", "z")
+    detokenizer = Detokenizer(found, [], SamplingParams(stop=["ab"]), Tags())
+    said = [detokenizer.step([i]) for i in range(5)]
+    assert [piece.said.text for piece in said] == ["", "", "", "", ""] and [p.stop for p in said] == [None] * 4 + ["ab"]
+    assert "".join(piece.said.reasoning for piece in said) == "abc" and len(said[2].said.tool_calls) == 1
+    whole = Detokenizer(found, [], SamplingParams(stop=["never"]), Tags())
+    piece = whole.step([0, 1, 2, 3, 4, 5])
+    assert piece.said.text == "abz" and piece.num_tokens == 6 and whole.finish() == Said("", ".")
