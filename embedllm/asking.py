@@ -85,13 +85,15 @@ class Asking:
 
 def _split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of SamplingParams, and keywords of a conversation. Raises UnknownOption."""
-    replaced, chat, shape = {}, {}, {}
+    replaced: dict[str, Any] = {}
+    chat: dict[str, Any] = {}
+    shape: dict[str, Any] = {}
     known = SamplingParams.__dataclass_fields__
     for name, value in overrides.items():
         if name in CHAT:
             chat[name] = value
         elif name in SHAPES:
-            shape[name] = value
+            shape |= {} if value is None or value is False else {name: value}
         elif name in known:
             replaced[name] = value
         else:

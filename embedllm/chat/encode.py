@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class Chat:
         found = templates if templates is not None else tokenizer.chat_template
         self._sources = {"default": found} if isinstance(found, str) else dict(found or {})
         self._compiled: dict[str, ChatTemplate] = {}
+        self.known_tools: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
         self.model_type = model_type
         self._tokenizer = tokenizer
         self._guard = _Guard(tokenizer.control_tokens)

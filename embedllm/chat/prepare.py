@@ -38,7 +38,7 @@ def prepare(
     options: Mapping[str, Any] | None,
 ) -> Prepared:
     """See Chat.prepare."""
-    offered = normalise_tools(tools)
+    offered = normalise_tools(tools, chat.known_tools)
     choice = choose(tool_choice, offered, parallel_tool_calls)
     if choice.mode == "none":
         offered = []

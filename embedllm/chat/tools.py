@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 from embedllm.errors import InvalidRequest
@@ -32,11 +33,12 @@ class Choice(NamedTuple):
     single: bool = False  # at most one call
 
 
-def normalise_tools(tools: Any) -> list[dict[str, Any]]:
+def normalise_tools(tools: Any, known: MutableMapping[Any, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """[{"type": "function", "function": {"name", "description", "parameters"}}] of what LangChain and OpenAI take.
 
     A tool is such a dict, its inner dict, {"name", "description", "input_schema"}, a JSON schema with a title, a Python
     function with type hints and a docstring, a pydantic class, a TypedDict or a LangChain tool. None is no tool.
+    known: what functions and classes were read as before, which takes ten milliseconds each; it grows.
     Raises InvalidRequest naming the tool that has no usable name or no object schema, or comes twice.
     """
     if tools is None:
@@ -47,7 +49,7 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]]:
         raise InvalidRequest(f"{len(tools):,} tools; at most {MAX_TOOLS}")
     found: dict[str, dict[str, Any]] = {}
     for i, tool in enumerate(tools):
-        function = _checked(_function(tool, f"tools[{i}]"), f"tools[{i}]")
+        function = _checked(_function(tool, f"tools[{i}]", {} if known is None else known), f"tools[{i}]")
         if function["name"] in found:
             raise InvalidRequest(f"tools[{i}] is the second one named {function['name']!r}; names must be unique")
         found[function["name"]] = {"type": "function", "function": function}
@@ -94,8 +96,11 @@ def choose(tool_choice: Any, tools: Sequence[Mapping[str, Any]], parallel_tool_c
     return Choice("required", (name,), True)
 
 
-def _function(tool: Any, where: str) -> dict[str, Any]:
+def _function(tool: Any, where: str, known: MutableMapping[Any, dict[str, Any]]) -> dict[str, Any]:
     """{"name", "description", "parameters"} of one tool, not yet checked."""
+    is_code = isinstance(tool, (FunctionType, type))
+    if is_code and tool in known:
+        return known[tool]
     if isinstance(tool, Mapping) and "input_schema" in tool:
         return {**tool, "parameters": tool["input_schema"]}
     if isinstance(tool, Mapping) and tool.get("type") == "function" and isinstance(tool.get("function"), Mapping):
@@ -111,6 +116,8 @@ def _function(tool: Any, where: str) -> dict[str, Any]:
             f"{where} is no tool: {error}; pass an OpenAI function dict, a function with type hints, a pydantic class, "
             "a TypedDict or a LangChain tool"
         ) from error
+    if is_code:
+        known[tool] = found
     return found
 
 

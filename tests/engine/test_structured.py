@@ -135,6 +135,7 @@ def test_what_is_refused_in_the_caller(llm: embedllm.LLM) -> None:
     for options in bad:
         with pytest.raises(InvalidRequest):
             llm.generate("x", **options)
+    assert llm.generate("x", json_schema=None, json_object=False, max_tokens=1).parsed is None, "nothing was asked"
     with pytest.raises(UnknownOption, match="json_schema"):
         llm.generate("x", json_shema=City)
     with embedllm.LLM(ScriptedModel(["a"])) as no_text, pytest.raises(InvalidRequest, match="tokenizer"):

@@ -1,6 +1,8 @@
 """Tools in every form that callers hand in, and what is asked of them."""
 
 import dataclasses
+import gc
+import weakref
 from typing import Annotated, Any, TypedDict
 
 import pydantic
@@ -173,3 +175,21 @@ def test_what_is_no_choice_is_refused(given: Any, says: str) -> None:
 def test_parallel_tool_calls_is_a_bool() -> None:
     with pytest.raises(InvalidRequest, match="parallel_tool_calls"):
         choose(None, TOOLS, 1)  # type: ignore[arg-type]
+
+
+def test_functions_are_read_once_and_not_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+    def now(zone: str) -> str:
+        """The time in a zone."""
+        return zone
+
+    first = normalise_tools([now], known)
+    monkeypatch.setattr("langchain_core.utils.function_calling.convert_to_openai_tool", None)
+    again = normalise_tools([now], known)
+    assert again == first and len(known) == 1
+    again[0]["function"]["parameters"]["properties"].clear()  # what a caller does with the result changes nothing
+    assert normalise_tools([now], known) == first
+    del now
+    gc.collect()
+    assert not known
