@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from embedllm.config import Limits
 from embedllm.errors import InvalidRequest, UnknownOption
 from embedllm.params import SamplingParams
+from embedllm.prompts import is_chat
 from embedllm.request import Request
 from embedllm.structured_output import StructuredOutput
 
@@ -123,11 +124,6 @@ def _max_tokens(
     if "max_tokens" in given.given:
         return resolved.max_tokens
     return max(1, resolved.min_tokens, min(resolved.max_tokens, room))
-
-
-def is_chat(prompt: Any) -> bool:
-    """Whether this is one list of messages."""
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], dict)
 
 
 def is_batch(prompt: Any) -> bool:

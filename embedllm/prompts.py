@@ -25,6 +25,11 @@ Message = dict[str, Any]
 Prompt = str | list[int] | list[Message]
 
 
+def is_chat(prompt: Any) -> bool:
+    """Whether this is one list of messages."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A prompt, and what it asks of its answer.
@@ -72,7 +77,7 @@ class PromptEncoder:
 
     def prepare(self, prompt: Any, structured: StructuredOutput | None, chat: Mapping[str, Any]) -> Prepared:
         """One prompt to token ids, with what follows for its answer. chat: keywords that only messages take."""
-        if isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], dict):
+        if is_chat(prompt):
             options = {"options" if name == "chat_template_kwargs" else name: value for name, value in chat.items()}
             prepared = self._chat.prepare(list(prompt), structured=structured, **options)
             self.check_ids(prepared.tokens)
@@ -83,7 +88,7 @@ class PromptEncoder:
 
     def encode(self, prompt: Any, tools: Any = None) -> list[int]:
         """One prompt to token ids."""
-        if tools is not None or (isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], dict)):
+        if tools is not None or is_chat(prompt):
             return self.prepare(prompt, None, {"tools": tools} if tools is not None else {}).tokens
         if isinstance(prompt, str):
             tokens = self.text.encode(prompt) if prompt else []

@@ -137,7 +137,10 @@ class Worker:
         def take() -> None:
             if request.id in self._shaping:
                 self._shaping.remove(request.id)
-                self._engine.submit(request)
+                if self._error is None:
+                    self._engine.submit(request)
+                else:  # given up since: nobody but its own thread may touch the engine
+                    refuse(channel, self._error)
 
         self._post(enter)
         if request.shape is not None:

@@ -7,11 +7,12 @@ Knows no library: it writes text. Invariant: what it writes matches the same tex
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from graphlib import CycleError, TopologicalSorter
 
 from embedllm.errors import InvalidRequest
 from embedllm.structured.expressions import Alt, Chars, Dispatch, Literal, Node, Ref, Repeat, Rules, Seq
-from embedllm.structured.nodes import ANY, NOTHING, parts_of
+from embedllm.structured.nodes import ANY, NOTHING, parts_of, refs_in
 from embedllm.structured.normal import normal_form
 
 
@@ -40,7 +41,7 @@ def depth(rules: Rules) -> int:
 def _order(rules: Rules) -> list[str]:
     """The rules, each after those that it uses; [] if one uses itself, in however many steps."""
     try:
-        return list(TopologicalSorter({name: _uses(node) for name, node in rules.items()}).static_order())
+        return list(TopologicalSorter({name: refs_in(node) for name, node in rules.items()}).static_order())
     except CycleError:
         return []
 
@@ -49,7 +50,7 @@ def _way_down(rules: Rules) -> list[str]:
     """The rules in the order in which a walk from the root, one branch after the other, leaves them."""
     left: list[str] = []
     seen = {"root"}
-    path = [("root", iter(sorted(_uses(rules["root"]))))]
+    path = [("root", iter(sorted(refs_in(rules["root"]))))]
     while path:
         name, following = path[-1]
         new = next((used for used in following if used not in seen), None)
@@ -58,12 +59,8 @@ def _way_down(rules: Rules) -> list[str]:
             path.pop()
         else:
             seen.add(new)
-            path.append((new, iter(sorted(_uses(rules[new])))))
+            path.append((new, iter(sorted(refs_in(rules[new])))))
     return left
-
-
-def _uses(node: Node) -> set[str]:
-    return {node.name} if isinstance(node, Ref) else set[str]().union(*map(_uses, parts_of(node)))
 
 
 def _levels(node: Node, found: dict[str, int]) -> int:
@@ -72,7 +69,7 @@ def _levels(node: Node, found: dict[str, int]) -> int:
     return 1 + max([_levels(part, found) for part in parts_of(node)], default=0)
 
 
-class _Text:
+class _Text(ABC):
     """Rules as definitions whose names begin with `letter`: Lark tells lexemes (T0) from rules (r0) by their case.
 
     Every node that holds others is a definition of its own, as llguidance takes few brackets inside brackets.
@@ -115,13 +112,11 @@ class _Text:
             if node.most is None:
                 return f"{item}{{{node.least}}} {item}*" if node.least else f"{item}*"
             return f"{item}{{{node.least},{node.most}}}"
-        return self.dispatch(node) if isinstance(node, Dispatch) else self.node(node)
+        return self.node(node)
 
+    @abstractmethod
     def literal(self, text: str) -> str:
-        raise NotImplementedError
-
-    def dispatch(self, node: Dispatch) -> str:
-        raise NotImplementedError
+        """A literal's text."""
 
 
 class _Characters(_Text):
@@ -136,6 +131,9 @@ class _Lexeme(_Text):
 
     def literal(self, text: str) -> str:
         return f"/{''.join([_point(ord(c)) for c in text])}/" if text else '""'
+
+    def written(self, node: Node) -> str:
+        return self.dispatch(node) if isinstance(node, Dispatch) else super().written(node)
 
     def dispatch(self, node: Dispatch) -> str:
         """With the complements that lexemes have: free text is all text but that with a trigger in it."""

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, field_validator
 
 import embedllm
 from embedllm import SamplingParams, StructuredOutput, grammars
-from embedllm.errors import InvalidOutput, InvalidRequest, RequestCancelled, RequestFailed, UnknownOption
+from embedllm.errors import EngineDead, InvalidOutput, InvalidRequest, RequestCancelled, RequestFailed, UnknownOption
 from embedllm.grammars import Grammars
 from embedllm.structured.backend import Shape, Vocabulary
 from embedllm.testing import ByteTokenizer, ScriptedModel
@@ -427,6 +427,25 @@ def test_who_waits_for_a_compile_can_go(odd: tuple[embedllm.LLM, Odd]) -> None:
     llm.close()
     with pytest.raises(RequestCancelled):
         third.result()
+
+
+def test_a_compile_that_ends_after_the_engine_was_given_up_touches_nothing(
+    odd: tuple[embedllm.LLM, Odd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, backend = odd
+    worker, submitted = llm._open().worker, list[Any]()
+    backend.gate.clear()
+    held = llm.submit("x", regex="ab")
+    until(lambda: bool(worker._shaping))
+    monkeypatch.setattr(worker, "_error", EngineDead("no progress"))  # as whoever waits does, on a thread of its own
+    monkeypatch.setattr(engine_of(llm), "submit", submitted.append)
+    backend.gate.set()
+    until(lambda: not worker._shaping and held._channel.ended is not None)
+    with pytest.raises(EngineDead, match="no progress"):
+        held.result()
+    assert not submitted
+    monkeypatch.undo()
+    worker._channels.clear()
 
 
 def test_a_deadline_counts_while_the_shape_is_compiled(odd: tuple[embedllm.LLM, Odd]) -> None:
