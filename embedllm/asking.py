@@ -6,6 +6,7 @@ Invariant: a request that it makes fits the model, the context and the cache.
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,8 +60,7 @@ class Asking:
             raise InvalidRequest(
                 "stop, bad_words and structured are about text, and this model has no tokenizer; use stop_token_ids"
             )
-        asked = resolved.structured
-        assert asked is None or isinstance(asked, StructuredOutput)
+        asked, parse = _settled(resolved.structured)
         prepared = self.prompts.prepare(prompt, asked, chat)
         if prepared.structured is not asked or (not prepared.skip_special_tokens and resolved.skip_special_tokens):
             skip = resolved.skip_special_tokens and prepared.skip_special_tokens
@@ -81,7 +81,7 @@ class Asking:
             parser=prepared.parser,
             pooling=pooling,
         )
-        return Asked(request, _parse(asked))
+        return Asked(request, parse)
 
 
 def _split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,12 +106,14 @@ def _split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     return replaced, {name: value for name, value in chat.items() if value is not None}
 
 
-def _parse(asked: StructuredOutput | None) -> Callable[[str], Any] | None:
-    if asked is None or asked.kind not in ("json_schema", "json_object"):
-        return None
+def _settled(asked: Any) -> tuple[StructuredOutput | None, Callable[[str], Any] | None]:
+    """The shape with its schema as plain data, and what makes the value of a text of that shape."""
+    if asked is None or asked.kind != "json_schema":
+        return asked, json.loads if asked is not None and asked.json_object else None
     from embedllm.structured.lower import schema_of
 
-    return schema_of(asked.json_schema if asked.kind == "json_schema" else {"type": "object"})[1]
+    schema, parse = schema_of(asked.json_schema)
+    return StructuredOutput(json_schema=schema), parse
 
 
 def _max_tokens(

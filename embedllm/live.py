@@ -55,9 +55,7 @@ class Live:
     first_token: float = 0.0
     num_output: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    pooled: dict[int, Any] = field(
-        default_factory=dict
-    )  # chunk's first position -> its hidden states' sum, or the last
+    pooled: dict[int, Any] = field(default_factory=dict)  # by a chunk's first position: its hidden states' sum or last
 
     def add_samples(
         self, ids: Iterator[int], eos_ids: frozenset[int], tokenizer: TokenizerProtocol | None, is_stepwise: bool

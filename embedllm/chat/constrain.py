@@ -16,7 +16,7 @@ from embedllm.structured_output import StructuredOutput
 
 Format = dict[str, Any]
 ANY_OBJECT: Mapping[str, Any] = {"type": "object", "additionalProperties": True}
-_STYLES = {"qwen_xml": "qwen_xml", "glm_xml": "glm_xml"}
+_XML_STYLES = ("qwen_xml", "glm_xml")  # the format's own names; every other family's arguments are JSON
 
 
 def constrain(
@@ -61,8 +61,7 @@ def constrain(
 
 def _tag(family: Family, tool: Mapping[str, Any], choice: Choice, check: Callable[[Format], None]) -> Format:
     name, parameters = tool["function"]["name"], tool["function"]["parameters"]
-    style = _STYLES.get(family.style, "json")
-
+    style = family.style if family.style in _XML_STYLES else "json"
     content: Format = {"type": "json_schema", "json_schema": parameters, "style": style}
     tag = {"type": "tag", "begin": family.head % name, "content": content, "end": family.tail}
     try:
